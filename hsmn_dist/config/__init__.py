@@ -1,0 +1,1 @@
+"""Every knob of the house, typed; never imports torch."""

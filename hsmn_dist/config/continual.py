@@ -1,0 +1,52 @@
+"""Fisher information and the methods that keep earlier tasks (continual.md)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from hsmn_dist.config.section import Section
+
+Estimator = Literal["sampled", "empirical", "logit_reversal", "sampled_sum", "signed_sum", "microbatch"]
+
+
+class FisherConfig(Section):
+    """Diagonal Fisher after each stage (continual.md section 3)."""
+
+    estimator: Estimator = Field("empirical", description="Which gradient is squared; stored beside the numbers.")
+    num_fisher_examples: int = Field(
+        2048, ge=1, description="Training examples used (all of them when there are fewer)."
+    )
+    micro_batch_examples: int = Field(8, ge=1, description="Examples per backward pass and rank.")
+    num_groups: int = Field(
+        64, ge=1, description="Groups of the `_sum` estimators; relative error sqrt(2 / num_groups)."
+    )
+    example_reduction: Literal["mean", "sum"] = Field(
+        "mean", description="An example's log-likelihood is the mean or the sum over its valid target tokens."
+    )
+    seed: int = Field(0, description="Seed of sampled labels and of the choice of examples.")
+
+
+class ContinualConfig(Section):
+    """What protects earlier stages while a later one trains."""
+
+    method: Literal["none", "l2", "replay", "ewc", "ewc+replay", "joint"] = Field(
+        "ewc", description="joint mixes all tasks: the upper bound."
+    )
+    strength: float = Field(1000.0, ge=0, description="EWC or L2 lambda.")
+    application: Literal["coupled", "proximal"] = Field(
+        "coupled",
+        description="coupled: the gradient joins the loss's before clipping; proximal: after the optimizer step, stable for every strength.",
+    )
+    online_decay: float = Field(
+        1.0, gt=0, le=1, description="1: exact separate penalties merged; below 1: online EWC (arXiv 1805.06370)."
+    )
+    component_strength: dict[str, float] = Field(
+        default_factory=dict,
+        description="Factor on `strength` per model component (encoder, aggregator, decoder, ...); 1 where absent.",
+    )
+    replay_fraction: float = Field(
+        0.2, gt=0, lt=1, description="Share of each batch drawn from earlier stages under replay."
+    )
+    fisher: FisherConfig = Field(FisherConfig(), description="Fisher estimation.")

@@ -1,0 +1,65 @@
+"""Where examples come from, how they become tokens and shards, and how the stream hands them out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from hsmn_dist.config.section import Section
+
+
+class TokenizerConfig(Section):
+    """Text to token ids. Ids 0, 1, 2, 3 are <pad>, <bos>, <eos>, <unk> in every kind but `file`."""
+
+    kind: Literal["bpe", "bytes", "file"] = Field(
+        "bpe",
+        description="bpe: byte-level BPE trained on the run's training text; bytes: one id per byte; file: a given tokenizer.json.",
+    )
+    vocab_size: int = Field(2048, ge=260, description="Ids of a trained BPE; ignored by the other kinds.")
+    path: str = Field("", description="tokenizer.json for kind `file`.")
+
+
+class DatasetConfig(Section):
+    """One dataset of a curriculum stage."""
+
+    name: str = Field(
+        description="A built-in source (word_problems, stdlib_code, passkey) or one of the known datasets; it decides the preprocessor."
+    )
+    source: str = Field(
+        "",
+        description="Local JSONL, CSV, Parquet file or folder of text; empty: built-in rows or the dataset's hub id.",
+    )
+    revision: str = Field("", description="Hub revision (commit); pinned in the index.")
+    num_examples: int = Field(
+        0,
+        ge=0,
+        description="Stop after this many examples; 0 means all (built-in sources generate this many, 2000 when 0).",
+    )
+    weight: float = Field(1.0, gt=0, description="Share in the stage's mixture.")
+    passkey_tokens: int = Field(
+        192, ge=16, description="Words of filler around the fact in the built-in `passkey` source."
+    )
+
+
+class DataConfig(Section):
+    """Preparation and streaming."""
+
+    split: tuple[float, float, float] = Field(
+        (0.6, 0.2, 0.2), description="Shares of training, validation and test; must sum to 1."
+    )
+    split_seed: int = Field(42, description="Seed of the split.")
+    shard_bytes: int = Field(64 * 2**20, ge=4096, description="Size at which a tar shard is closed.")
+    max_context_tokens: int = Field(512, ge=1, description="Longer contexts lose their oldest tokens (counted).")
+    max_target_tokens: int = Field(128, ge=2, description="Longer targets are cut (counted).")
+    prepare_workers: int = Field(1, ge=1, description="Processes that prepare rows on this machine.")
+    loader_workers: int = Field(
+        0, ge=0, description="Background threads that read, decode and collate ahead; 0 reads in the training thread."
+    )
+    prefetch_batches: int = Field(2, ge=1, description="Global batches read ahead by each rank.")
+    packs_examples: bool = Field(
+        False, description="Put several short examples in one row without attention or loss across them (HOPE)."
+    )
+    length_buckets: int = Field(1, ge=1, description="Length classes inside a shuffle window; more means less padding.")
+    corrupt_policy: Literal["raise", "quarantine"] = Field("raise", description="What a damaged sample or shard does.")
+    quarantine_limit: int = Field(0, ge=0, description="Damaged samples that may be passed over under `quarantine`.")

@@ -1,0 +1,82 @@
+"""Architecture of the model families. Sizes only: nothing here knows how a model is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hsmn_dist.config.section import Section
+
+
+class PruningConfig(Section):
+    """Magnitude pruning of the low-rank factors, compressor, decompressor and head (models.md 1.7)."""
+
+    schedule: Literal["none", "constant", "gradual"] = Field(
+        "none",
+        description="none; constant from begin_step; gradual: cubic ramp (Zhu and Gupta 2017, arXiv 1710.01878).",
+    )
+    sparsity: float = Field(0.5, ge=0.0, lt=1.0, description="Final share of zero weights; the original's is 0.5.")
+    structure: Literal["unstructured", "2:4"] = Field(
+        "unstructured",
+        description="2:4 keeps the two largest of every four weights in a row, which sparse tensor cores can use.",
+    )
+    begin_step: int = Field(0, ge=0, description="First optimizer step with a mask.")
+    end_step: int = Field(1000, ge=1, description="Optimizer step at which the gradual schedule reaches `sparsity`.")
+    every_steps: int = Field(100, ge=1, description="Optimizer steps between recomputed masks.")
+
+
+class HsmnConfig(Section):
+    """HSMN (models.md section 1). Defaults are the original's."""
+
+    family: Literal["hsmn"] = "hsmn"
+    vocab_size: int = Field(
+        50265, ge=2, description="Rows of the token tables and of the head; at least the tokenizer's."
+    )
+    d_model: int = Field(512, ge=1, description="Width of encoder and decoder.")
+    num_heads: int = Field(8, ge=1, description="Attention heads; must divide d_model.")
+    d_feed_forward: int = Field(2048, ge=1, description="Inner width of the feed-forward layers.")
+    num_encoder_layers: int = Field(2, ge=1, description="Layers of the ChunkEncoder.")
+    num_decoder_layers: int = Field(7, ge=1, description="Layers of the ReasoningModule.")
+    chunk_size: int = Field(128, ge=2, description="Tokens in a chunk.")
+    chunk_stride: int = Field(64, ge=1, description="Tokens between the starts of two chunks; at most chunk_size.")
+    min_chunks: int = Field(2, ge=1, description="Chunks that even the shortest context gets.")
+    d_compressed: int = Field(128, ge=1, description="Width of a memory node before decompression.")
+    d_aggregator: int = Field(256, ge=1, description="Inner width of the Aggregator.")
+    aggregator_rank: int = Field(64, ge=1, description="Rank of both Aggregator maps.")
+    window_size: int = Field(
+        128, ge=1, description="Target tokens per decoder window; keys and values of earlier windows are cached."
+    )
+    max_target_tokens: int = Field(4096, ge=1, description="Positions of the decoder's position table.")
+    encoder_dropout: float = Field(0.1, ge=0.0, lt=1.0, description="Dropout of the ChunkEncoder.")
+    decoder_dropout: float = Field(0.3, ge=0.0, lt=1.0, description="Dropout of the ReasoningModule.")
+    uses_level_embedding: bool = Field(
+        True,
+        description="Add a learned code of level and span position to each memory node; false reproduces the original.",
+    )
+    ties_embeddings: bool = Field(False, description="Share the decoder's token table with the head.")
+    pad_id: int = Field(0, ge=0, description="Token id of padding.")
+    pruning: PruningConfig = Field(PruningConfig(), description="Magnitude pruning.")
+
+
+class HopeConfig(Section):
+    """HOPE (models.md section 2). Defaults are the simple variant's."""
+
+    family: Literal["hope"] = "hope"
+    vocab_size: int = Field(32000, ge=2, description="Rows of the token table and of the head.")
+    d_model: int = Field(512, ge=1, description="Width of the residual stream.")
+    num_layers: int = Field(12, ge=1, description="Blocks.")
+    num_heads: int = Field(8, ge=1, description="Heads of the mixer and of the CMS; must divide d_model.")
+    d_feed_forward: int = Field(2048, ge=1, description="Inner width of the MLP.")
+    max_tokens: int = Field(8192, ge=1, description="Longest sequence when positions are learned.")
+    mixer: Literal["attention", "linear", "self_modifying"] = Field(
+        "attention", description="Token mixer of every block."
+    )
+    uses_cms: bool = Field(True, description="Give every block a continuum memory.")
+    num_memory_modules: int = Field(5, ge=1, description="Time scales of the decay-form CMS.")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout after mixer, CMS and MLP.")
+    ties_embeddings: bool = Field(False, description="Share the token table with the head.")
+    pad_id: int = Field(0, ge=0, description="Token id of padding.")
+
+
+ModelConfig = Annotated[HsmnConfig | HopeConfig, Field(discriminator="family")]

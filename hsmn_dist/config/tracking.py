@@ -1,0 +1,18 @@
+"""Where metrics go. `metrics.jsonl` in the run folder is always written."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from hsmn_dist.config.section import Section
+
+
+class TrackingConfig(Section):
+    """Trackers of a run."""
+
+    backend: Literal["mlflow", "none"] = Field("mlflow", description="none: metrics.jsonl alone.")
+    uri: str = Field("", description="MLflow server or database; empty: sqlite in the run root (runs/mlflow.db).")
+    experiment: str = Field("hsmn_dist", description="MLflow experiment.")
+    tags: dict[str, str] = Field(default_factory=dict, description="Extra MLflow tags.")

@@ -1,0 +1,51 @@
+"""How one stage trains: batches, precision, ZeRO, checkpoints, early stopping."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from hsmn_dist.config.section import Section
+
+
+class OffloadConfig(Section):
+    """ZeRO-Offload and ZeRO-Infinity (GPU runs)."""
+
+    optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="Where optimizer state lives.")
+    parameters: Literal["none", "cpu", "nvme"] = Field("none", description="Where parameters live; needs zero_stage 3.")
+    nvme_path: str = Field("", description="Folder on a local NVMe disk; needed when either is `nvme`.")
+
+
+class TrainingConfig(Section):
+    """One stage's training loop."""
+
+    engine: Literal["deepspeed", "local"] = Field("deepspeed", description="deepspeed, or its exact one-process twin.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="ZeRO stage (Rajbhandari et al. 2020, arXiv 1910.02054).")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16 keeps fp32 master weights; not with zero_stage 0."
+    )
+    global_batch_examples: int = Field(16, ge=1, description="Examples per optimizer step over all ranks.")
+    micro_batch_examples: int = Field(
+        4, ge=1, description="Examples per forward pass and rank; accumulation follows from the two."
+    )
+    max_gradient_norm: float = Field(
+        1.0, ge=0, description="Global gradient norm above which gradients are scaled down; 0 switches clipping off."
+    )
+    max_steps: int = Field(200, ge=1, description="Optimizer steps of a stage, unless the stage says otherwise.")
+    validate_every_steps: int = Field(50, ge=1, description="Optimizer steps between two validation losses.")
+    num_validation_examples: int = Field(
+        64, ge=1, description="Validation examples per validation, the same ones each time."
+    )
+    patience: int = Field(10, ge=1, description="Validations without a better loss before the stage stops early.")
+    checkpoint_every_steps: int = Field(50, ge=1, description="Optimizer steps between two checkpoints.")
+    keep_last_checkpoints: int = Field(2, ge=1, description="Older checkpoints are removed, the best one excepted.")
+    log_every_steps: int = Field(10, ge=1, description="Optimizer steps between two points on the tracker.")
+    activation_checkpointing: Literal["none", "every_block", "every_second_block"] = Field(
+        "none", description="Recompute blocks in the backward pass to save memory."
+    )
+    compiles_model: bool = Field(False, description="torch.compile the model.")
+    offload: OffloadConfig = Field(OffloadConfig(), description="Offload to CPU or NVMe.")
+    l2: float = Field(
+        0.0, ge=0, description="Coefficient of sum(w^2) added to the loss as the original does (1e-6 there)."
+    )

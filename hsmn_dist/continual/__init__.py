@@ -1,0 +1,1 @@
+"""Fisher, EWC and transfer metrics, on shards only."""

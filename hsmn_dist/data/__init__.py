@@ -1,0 +1,1 @@
+"""Raw rows to batches; receives rank and world size as integers."""

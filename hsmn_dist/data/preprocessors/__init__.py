@@ -1,0 +1,1 @@
+"""Rows of each known dataset to examples."""

@@ -1,0 +1,1 @@
+"""Tar shards in webdataset layout with an index."""

@@ -1,0 +1,1 @@
+"""Ranks, collectives, flat parameter shards."""

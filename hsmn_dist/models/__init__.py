@@ -1,0 +1,1 @@
+"""Mathematics on one device; knows nothing of training."""

@@ -1,0 +1,1 @@
+"""HOPE: nested learning, continuum memory, self-modifying Titans."""

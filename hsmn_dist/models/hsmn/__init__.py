@@ -1,0 +1,1 @@
+"""Hierarchical Spatial Neural Memory."""

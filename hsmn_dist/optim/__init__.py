@@ -1,0 +1,1 @@
+"""Update rules on whole tensors; knows no model class."""

@@ -1,0 +1,1 @@
+"""Memory and hours, before a GPU is taken."""

@@ -1,0 +1,72 @@
+"""Engine: what the training loop needs from DeepSpeed, and from its one-process twin.
+
+Order inside a step: `forward_backward` for each micro-batch, then penalties may edit `param_shards()[i].gradient`, then
+`step`, then anything that edits `param_shards()[i].value` followed by `refresh`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from hsmn_dist.distributed.shards import ParamShard
+from hsmn_dist.models.contract import LanguageModel, ModelInput
+
+
+@dataclass
+class StepStats:
+    """What a step reports. `gradient_norm` is the global norm before clipping, penalty gradients included."""
+
+    gradient_norm: float
+    learning_rate: float
+    was_clipped: bool
+
+
+class Engine(Protocol):
+    """One rank's view of a model in training. Every method is collective: all ranks call it in the same order."""
+
+    module: LanguageModel
+
+    def forward_backward(self, batch: ModelInput, global_target_tokens: int) -> Tensor:
+        """Backward of sum(nll) / global_target_tokens (over all ranks and micro-batches); returns this rank's sum(nll)."""
+        ...
+
+    def param_shards(self, with_gradients: bool = True) -> list[ParamShard]:
+        """This rank's shards, in the model's parameter order; gradients only between the last backward and the step."""
+        ...
+
+    def step(self, learning_rate: float) -> StepStats:
+        """Clip, update, clear gradients."""
+        ...
+
+    def refresh(self) -> None:
+        """Push edited shard values into the weights that forward reads."""
+        ...
+
+    def evaluate(self, batch: ModelInput) -> tuple[Tensor, Tensor]:
+        """Without gradients, dropout off: (sum of nll, number of scored tokens) of this rank's batch."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write this engine's state into `folder` (weights, optimizer); the caller writes the manifest."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote at the same world size."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Whole fp32 weights on every rank (gathered), by parameter name, on the CPU."""
+        ...
+
+    def load_weights(self, weights: Mapping[str, Any]) -> None:
+        """Set the whole weights (fp32, by name) on every rank, master copies included."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; the process group stays."""
+        ...
