@@ -1,0 +1,180 @@
+"""Checks that need more than one section: batch arithmetic, vocabulary, precision and ZeRO, stage names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hsmn_dist.config.run import RunConfig
+from hsmn_dist.config.yaml_source import KeyPath
+from hsmn_dist.foundation.errors import ConfigError
+
+Where = Callable[[KeyPath], str]
+BYTE_VOCAB_SIZE = 260
+
+
+def check_run(config: RunConfig, where: Where) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        ConfigError: names the key path, its file and line, what is allowed, and what to change.
+    """
+    for check in (
+        _check_batch,
+        _check_precision,
+        _check_offload,
+        _check_model,
+        _check_vocabulary,
+        _check_data,
+        _check_stages,
+    ):
+        check(config, where)
+
+
+def _refuse(where: Where, path: str, problem: str, allowed: str, action: str) -> None:
+    raise ConfigError(f"{where(tuple(path.split('.')))}: {path}: {problem}", allowed=allowed, action=action)
+
+
+def _check_batch(config: RunConfig, where: Where) -> None:
+    training, cluster = config.training, config.cluster
+    world_size = cluster.num_nodes * cluster.ranks_per_node
+    if training.engine == "local" and world_size != 1:
+        _refuse(
+            where,
+            "training.engine",
+            f"local runs one rank, not {world_size}",
+            "one rank",
+            "set cluster.ranks_per_node to 1, or use engine deepspeed",
+        )
+    unit = training.micro_batch_examples * world_size
+    if training.global_batch_examples % unit:
+        near = max(unit, round(training.global_batch_examples / unit) * unit)
+        _refuse(
+            where,
+            "training.global_batch_examples",
+            f"{training.global_batch_examples} is not a multiple of micro_batch_examples x ranks = {training.micro_batch_examples} x {world_size}",
+            f"a multiple of {unit}",
+            f"for example {near}, or a smaller micro_batch_examples",
+        )
+
+
+def _check_precision(config: RunConfig, where: Where) -> None:
+    training = config.training
+    if training.precision == "bf16" and training.zero_stage == 0 and training.engine == "deepspeed":
+        _refuse(
+            where,
+            "training.precision",
+            "bf16 with zero_stage 0 trains wrongly (DeepSpeed's start-up takes a step that advances Adam's step count)",
+            "bf16 with zero_stage 1, 2 or 3; fp32 with any",
+            "set training.zero_stage to 1",
+        )
+
+
+def _check_offload(config: RunConfig, where: Where) -> None:
+    offload, stage = config.training.offload, config.training.zero_stage
+    if offload.parameters != "none" and stage != 3:
+        _refuse(
+            where,
+            "training.offload.parameters",
+            f"{offload.parameters!r} with zero_stage {stage}",
+            "parameter offload with zero_stage 3",
+            "set training.zero_stage to 3",
+        )
+    if offload.optimizer != "none" and stage == 0:
+        _refuse(
+            where,
+            "training.offload.optimizer",
+            "optimizer offload with zero_stage 0",
+            "zero_stage 1, 2 or 3",
+            "set training.zero_stage to 2",
+        )
+    if "nvme" in (offload.optimizer, offload.parameters) and not offload.nvme_path:
+        _refuse(
+            where,
+            "training.offload.nvme_path",
+            "empty although something is offloaded to nvme",
+            "a folder on a local disk",
+            "name one",
+        )
+
+
+def _check_model(config: RunConfig, where: Where) -> None:
+    model = config.model
+    if model.d_model % model.num_heads:
+        _refuse(
+            where,
+            "model.num_heads",
+            f"{model.num_heads} heads do not divide d_model {model.d_model}",
+            "a divisor of d_model",
+            "change one of the two",
+        )
+    stride, size = getattr(model, "chunk_stride", 0), getattr(model, "chunk_size", 0)
+    if stride > size:
+        _refuse(
+            where,
+            "model.chunk_stride",
+            f"stride {stride} is larger than chunk_size {size}: tokens between chunks would be lost",
+            f"1 to {size}",
+            "make it smaller",
+        )
+
+
+def _check_vocabulary(config: RunConfig, where: Where) -> None:
+    tokenizer = config.tokenizer
+    if tokenizer.kind == "file" and not tokenizer.path:
+        _refuse(
+            where, "tokenizer.path", "empty for kind 'file'", "a tokenizer.json", "name one, or use kind bpe or bytes"
+        )
+    needed = {"bpe": tokenizer.vocab_size, "bytes": BYTE_VOCAB_SIZE}.get(tokenizer.kind, 0)
+    if config.model.vocab_size < needed:
+        _refuse(
+            where,
+            "model.vocab_size",
+            f"{config.model.vocab_size} is smaller than the tokenizer's {needed}: its highest ids would have no row",
+            f"at least {needed}",
+            f"set model.vocab_size to {needed}",
+        )
+
+
+def _check_data(config: RunConfig, where: Where) -> None:
+    data = config.data
+    if min(data.split) <= 0 or abs(sum(data.split) - 1) > 1e-9:
+        _refuse(
+            where,
+            "data.split",
+            f"{list(data.split)} sums to {sum(data.split):g}",
+            "three positive shares that sum to 1",
+            "for example [0.6, 0.2, 0.2]",
+        )
+    if data.packs_examples and config.model.family != "hope":
+        _refuse(
+            where,
+            "data.packs_examples",
+            f"packing with family {config.model.family!r}",
+            "packing with family 'hope'",
+            "set data.packs_examples to false",
+        )
+    limit = getattr(config.model, "max_target_tokens", None)
+    if limit is not None and data.max_target_tokens > limit:
+        _refuse(
+            where,
+            "data.max_target_tokens",
+            f"{data.max_target_tokens} is more than model.max_target_tokens {limit}",
+            f"at most {limit}",
+            "change one of the two",
+        )
+
+
+def _check_stages(config: RunConfig, where: Where) -> None:
+    names = [stage.name for stage in config.curriculum.stages]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            _refuse(
+                where,
+                f"curriculum.stages.{index}.name",
+                f"two stages are called {name!r}",
+                "a name of its own for each stage",
+                "rename one",
+            )
+    unknown = set(config.continual.component_strength.values())
+    if any(value < 0 for value in unknown):
+        _refuse(where, "continual.component_strength", "a factor below 0", "factors of 0 and above", "change it")

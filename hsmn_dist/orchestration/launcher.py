@@ -1,0 +1,159 @@
+"""StageLauncher: how a group of ranks comes to life; and LocalLauncher, which uses torchrun on this machine.
+
+Both launchers start one group for all pending stages, because a fresh group costs tens of seconds of imports. A rank that dies is
+replaced by starting the group again; the ranks find the last checkpoint by themselves. A rank that stops for a reason that will not
+go away leaves a failure record first, and the restarted group sees it and leaves at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from hsmn_dist.config.cluster import ClusterConfig
+from hsmn_dist.foundation.errors import ConfigError, HsmnError, Preempted, StageFailed
+from hsmn_dist.foundation.log import logger
+from hsmn_dist.orchestration.failures import POLICIES, FailureKind, FailureRecord, read_failures
+from hsmn_dist.orchestration.run_folder import RunFolder
+from hsmn_dist.orchestration.stage import StageSpec
+
+log = logger(__name__)
+
+
+class StageLauncher(Protocol):
+    """Runs stages in order on one group of ranks."""
+
+    def launch(self, specs: Sequence[StageSpec]) -> None:
+        """Return when every stage has its COMPLETE manifest.
+
+        Raises:
+            Preempted: the run was asked to leave and has a checkpoint.
+            StageFailed: a rank failed and the retries are used up.
+            HsmnError: a rank met bad input.
+        """
+        ...
+
+    def stop(self) -> None:
+        """End the ranks now. Safe to call twice and from another thread."""
+        ...
+
+
+def clear_failures(folder: RunFolder) -> None:
+    """Forget the failure records and stop request of earlier attempts."""
+    shutil.rmtree(folder.path / "failures", ignore_errors=True)
+    shutil.rmtree(folder.path / "heartbeats", ignore_errors=True)
+    folder.stop_request.unlink(missing_ok=True)
+
+
+def raise_for_records(specs: Sequence[StageSpec], exit_message: str) -> None:
+    """Turn the ranks' failure records into the one error that explains the end of a launch.
+
+    Nothing is raised when every stage is complete. `exit_message` says what the launcher itself saw.
+    """
+    folder = specs[0].folder
+    if all(folder.stage(spec.index, spec.name).is_complete for spec in specs):
+        return
+    records = read_failures(folder.path / "failures", specs[0].attempt)
+    if not records:
+        if folder.stop_request.exists():
+            raise preempted(folder)
+        advice = POLICIES[FailureKind.WORKER_LOST].advice
+        raise StageFailed(
+            f"a rank died without a word ({exit_message})",
+            action=f"{advice}; resume with `hsmn-dist run --resume {folder.run_id}`",
+            kind=FailureKind.WORKER_LOST.value,
+        )
+    raise _error_of(records[0], folder)
+
+
+def preempted(folder: RunFolder) -> Preempted:
+    """The error of a run that left because it was asked to."""
+    return Preempted(
+        "the run was asked to leave and wrote a checkpoint",
+        allowed="starting the same command again",
+        action=f"hsmn-dist run --resume {folder.run_id}",
+    )
+
+
+def _error_of(record: FailureRecord, folder: RunFolder) -> HsmnError:
+    if record.kind is FailureKind.PREEMPTED:
+        return preempted(folder)
+    if record.kind is FailureKind.BAD_INPUT:
+        return ConfigError(record.found, allowed=record.allowed, action=record.action)
+    policy = POLICIES[record.kind]
+    return StageFailed(
+        f"rank {record.rank} on {record.host}: {record.message}",
+        action=f"{policy.advice} (failures/rank_{record.rank:05d}.json has the traceback); "
+        f"resume with `hsmn-dist run --resume {folder.run_id}`",
+        kind=record.kind.value,
+        rank=record.rank,
+    )
+
+
+def free_port() -> int:
+    """A TCP port that is free on the loopback interface now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class LocalLauncher:
+    """torchrun on this machine. Restarts the group up to `cluster.max_failures` times."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        if cluster.num_nodes != 1:
+            raise ConfigError(
+                f"cluster.num_nodes = {cluster.num_nodes} with the local launcher",
+                allowed="one node with `--launcher local`",
+                action="use `--launcher ray`, or set cluster.num_nodes to 1",
+            )
+        self._cluster = cluster
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def launch(self, specs: Sequence[StageSpec]) -> None:
+        """Start torchrun for all stages and wait. Output of the ranks goes to `ranks.log` in the run folder."""
+        folder = specs[0].folder
+        clear_failures(folder)
+        with (folder.path / "ranks.log").open("ab") as output:
+            self._process = subprocess.Popen(
+                self._command(specs),
+                env=rank_environment(self._cluster),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            status = self._process.wait()
+        self._process = None
+        raise_for_records(specs, f"torchrun ended with status {status}; see {folder.path / 'ranks.log'}")
+
+    def stop(self) -> None:
+        """Send TERM to torchrun, which passes it to the ranks."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+
+    def _command(self, specs: Sequence[StageSpec]) -> list[str]:
+        words = [sys.executable, "-m", "torch.distributed.run"]
+        words += ["--nnodes", "1", "--nproc-per-node", str(self._cluster.ranks_per_node)]
+        words += ["--max-restarts", str(self._cluster.max_failures)]
+        words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
+        words += ["-m", "hsmn_dist", "stage", "--run", specs[0].run_folder, "--attempt", specs[0].attempt]
+        return [*words, "--index", str(specs[0].index), "--through", str(specs[-1].index)]
+
+
+def rank_environment(cluster: ClusterConfig) -> dict[str, str]:
+    """Environment of a rank: thread count, and DeepSpeed told that there is no accelerator on CPU runs."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(cluster.threads_per_rank), "PYTHONUNBUFFERED": "1"}
+    if cluster.device == "cpu":
+        environment["DS_ACCELERATOR"] = "cpu"
+    root = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")]))
+    return environment

@@ -1,0 +1,125 @@
+"""Ray Train as a launcher: one `TorchTrainer` whose workers run every pending stage.
+
+Ray places the ranks, replaces lost workers and nodes (`FailureConfig`), and forms the process group. State lives in the run folder,
+so a restarted group resumes from our own checkpoints; nothing is reported through Ray but the end of a stage. All of Ray Train that we
+use is in this file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from hsmn_dist.config.cluster import ClusterConfig
+from hsmn_dist.foundation.errors import ConfigError
+from hsmn_dist.foundation.log import logger
+from hsmn_dist.orchestration.launcher import clear_failures, raise_for_records, rank_environment
+from hsmn_dist.orchestration.stage import StageSpec
+
+log = logger(__name__)
+
+QUIET = {"RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+class RayLauncher:
+    """Runs stages on a Ray cluster: the one named by `cluster.ray_address`, or a local one that ends with this process."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        self._cluster = cluster
+        self._started_ray = False
+
+    def launch(self, specs: Sequence[StageSpec]) -> None:
+        """Start the worker group for all stages and wait."""
+        folder = specs[0].folder
+        clear_failures(folder)
+        self._connect()
+        self._check_resources()
+        trainer = TorchTrainer(
+            _run_on_worker,
+            train_loop_config={"specs": [spec.to_json() for spec in specs]},
+            torch_config=TorchConfig(backend="nccl" if self._cluster.device == "gpu" else "gloo"),
+            scaling_config=self._scaling(),
+            run_config=ray.train.RunConfig(
+                name=f"{folder.run_id}-{specs[0].attempt}",
+                storage_path=str(folder.path / "ray"),
+                failure_config=ray.train.FailureConfig(max_failures=self._cluster.max_failures),
+            ),
+        )
+        message = "the worker group ended"
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            message = f"Ray Train gave up: {error}"
+        raise_for_records(specs, message)
+
+    def stop(self) -> None:
+        """Leave the cluster; a local one ends."""
+        if self._started_ray and ray.is_initialized():
+            ray.shutdown()
+            self._started_ray = False
+
+    def _connect(self) -> None:
+        if ray.is_initialized():
+            return
+        os.environ.update(QUIET)
+        cluster = self._cluster
+        environment = rank_environment(cluster)
+        names = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "PYTHONPATH", "PYTHONUNBUFFERED")
+        variables = {name: environment[name] for name in names if name in environment}
+        arguments: dict[str, Any] = {
+            "runtime_env": {"env_vars": variables},
+            "log_to_driver": False,
+            "logging_level": "WARNING",
+        }
+        if cluster.ray_address:
+            ray.init(address=cluster.ray_address, **arguments)
+        else:
+            needed = cluster.num_nodes * cluster.ranks_per_node * cluster.cpus_per_rank
+            cores = max(os.cpu_count() or 1, 1)
+            if needed > cores:
+                raise ConfigError(
+                    f"the run wants {needed:g} CPU cores ({cluster.ranks_per_node} ranks x {cluster.cpus_per_rank:g}) and this machine has {cores}",
+                    allowed=f"at most {cores} cores on a local Ray cluster",
+                    action="lower cluster.ranks_per_node, or name a larger cluster with cluster.ray_address",
+                )
+            ray.init(
+                address="local", num_cpus=cores, include_dashboard=False, _node_ip_address="127.0.0.1", **arguments
+            )
+        self._started_ray = True
+
+    def _check_resources(self) -> None:
+        cluster, have = self._cluster, ray.cluster_resources()
+        ranks = cluster.num_nodes * cluster.ranks_per_node
+        wanted = {"CPU": ranks * cluster.cpus_per_rank}
+        if cluster.device == "gpu":
+            wanted["GPU"] = float(ranks)
+        for name, amount in wanted.items():
+            if have.get(name, 0.0) < amount:
+                raise ConfigError(
+                    f"the run wants {amount:g} {name} for {ranks} ranks and the Ray cluster has {have.get(name, 0.0):g}",
+                    allowed=f"at most {have.get(name, 0.0):g} {name}",
+                    action="lower cluster.num_nodes or cluster.ranks_per_node, or add nodes to the cluster",
+                )
+
+    def _scaling(self) -> ray.train.ScalingConfig:
+        cluster = self._cluster
+        uses_gpu = cluster.device == "gpu"
+        resources = {"CPU": cluster.cpus_per_rank, **({"GPU": 1} if uses_gpu else {})}
+        return ray.train.ScalingConfig(
+            num_workers=cluster.num_nodes * cluster.ranks_per_node,
+            use_gpu=uses_gpu,
+            resources_per_worker=resources,
+            placement_strategy="PACK",
+        )
+
+
+def _run_on_worker(config: dict[str, Any]) -> None:
+    """What each Ray Train worker executes: the stages, from the run folder."""
+    from hsmn_dist.orchestration.stage_runner import run_stages
+
+    run_stages([StageSpec.from_json(text) for text in config["specs"]])
