@@ -1,0 +1,24 @@
+"""The whole table of preprocessors: importing the families fills the registry, which is then frozen."""
+
+from __future__ import annotations
+
+from hsmn_dist.data.preprocessors import code, math
+from hsmn_dist.data.preprocessors.base import PREPROCESSORS, Preprocessor
+
+FAMILIES = (math, code)
+
+PREPROCESSORS.freeze()
+
+
+def get_preprocessor(name: str) -> Preprocessor:
+    """The preprocessor of a dataset.
+
+    Raises:
+        ConfigError: no dataset has that name; the nearest name is suggested.
+    """
+    return PREPROCESSORS.get(name)
+
+
+def preprocessor_names() -> list[str]:
+    """Every dataset that has a preprocessor, sorted."""
+    return PREPROCESSORS.names()
