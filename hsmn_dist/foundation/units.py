@@ -28,11 +28,11 @@ def format_count(count: float) -> str:
 
 def format_seconds(seconds: float) -> str:
     """3723.4 -> '1h02m03s'."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
     whole = round(seconds)
     hours, rest = divmod(whole, 3600)
     minutes, secs = divmod(rest, 60)
     if hours:
         return f"{hours}h{minutes:02d}m{secs:02d}s"
-    if minutes:
-        return f"{minutes}m{secs:02d}s"
-    return f"{seconds:.1f}s"
+    return f"{minutes}m{secs:02d}s"
