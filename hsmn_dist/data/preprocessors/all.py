@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hsmn_dist.data.preprocessors import code, math
+from hsmn_dist.data.preprocessors import code, dialogue, instruction, knowledge, math, prose, reasoning
 from hsmn_dist.data.preprocessors.base import PREPROCESSORS, Preprocessor
 
-FAMILIES = (math, code)
+FAMILIES = (math, code, knowledge, reasoning, dialogue, instruction, prose)
 
 PREPROCESSORS.freeze()
 

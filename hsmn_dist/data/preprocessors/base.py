@@ -92,14 +92,21 @@ Preprocessor = Callable[[Iterable[Row], SkipCounter], Iterator[Example]]
 RowFunction = Callable[[Row], "Example | list[Example]"]
 
 PREPROCESSORS: Registry[Preprocessor] = Registry("dataset")
+_ADJACENT_BY: dict[str, tuple[str, ...]] = {}
 
 
-def preprocessor(*names: str) -> Callable[[Preprocessor], Preprocessor]:
-    """Register a preprocessor that sees all rows (because its rows only make sense together)."""
+def preprocessor(*names: str, adjacent_by: tuple[str, ...] = ()) -> Callable[[Preprocessor], Preprocessor]:
+    """Register a preprocessor of a stream of rows.
+
+    `adjacent_by` names the columns whose equal values, in adjacent rows, make up one group (a chapter, a tree, a
+    question): whoever deals rows to several processes must not cut inside such a group.
+    """
 
     def register(function: Preprocessor) -> Preprocessor:
         for name in names:
             PREPROCESSORS.register(name)(function)
+            if adjacent_by:
+                _ADJACENT_BY[name] = adjacent_by
         return function
 
     return register
@@ -126,6 +133,11 @@ def row_preprocessor(*names: str) -> Callable[[RowFunction], Preprocessor]:
         return preprocessor(*names)(run)
 
     return register
+
+
+def adjacent_columns(name: str) -> tuple[str, ...]:
+    """The columns by which adjacent rows of a dataset belong together; empty when each row stands alone."""
+    return _ADJACENT_BY.get(name, ())
 
 
 def column(row: Row, name: str) -> Any:

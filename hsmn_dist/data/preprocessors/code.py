@@ -95,7 +95,7 @@ def code_search_net(row: Row) -> Example:
         target=code.strip("\n"),
         task="code",
         id=row_id(row),
-        group=repository or digest(documentation),
+        group=f"{repository}/{path}" if repository or path else digest(documentation),
         kind="free_text",
         meta={"language": language, "name": name, "repository": repository, "path": path},
     )
