@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from hsmn_dist.config.curriculum import StageConfig
 from hsmn_dist.config.run import RunConfig
 from hsmn_dist.orchestration.run_folder import RunFolder
 
@@ -36,10 +37,20 @@ class StageSpec:
         return RunFolder(Path(self.run_folder))
 
 
+def training_stages(config: RunConfig) -> tuple[StageConfig, ...]:
+    """The stages that are trained: the curriculum's, or one stage that mixes all of them under method `joint`."""
+    stages = config.curriculum.stages
+    if config.continual.method != "joint":
+        return stages
+    datasets = tuple({dataset.name: dataset for stage in stages for dataset in stage.datasets}.values())
+    steps = sum(stage.max_steps or config.training.max_steps for stage in stages)
+    return (StageConfig(name="joint", datasets=datasets, max_steps=steps),)
+
+
 def stage_specs(config: RunConfig, folder: RunFolder, attempt: str) -> list[StageSpec]:
     """Every stage of a run, in order."""
     return [
-        StageSpec(str(folder.path), index, stage.name, attempt) for index, stage in enumerate(config.curriculum.stages)
+        StageSpec(str(folder.path), index, stage.name, attempt) for index, stage in enumerate(training_stages(config))
     ]
 
 

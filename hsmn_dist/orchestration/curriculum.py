@@ -1,0 +1,208 @@
+"""run_curriculum: prepare, launch every pending stage, score, write the scorecard. Knows a launcher, not Ray.
+
+Each time a run is started or resumed it gets an attempt token; a cut-off older attempt that comes back cannot commit (its token is no
+longer the one in `attempt.json`).
+"""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from hsmn_dist.config.load import config_digest, run_config_from_mapping, write_resolved
+from hsmn_dist.config.run import RunConfig
+from hsmn_dist.foundation.errors import CheckpointError, ConfigError, HsmnError, Preempted, StageFailed
+from hsmn_dist.foundation.files import read_json, write_json, write_text
+from hsmn_dist.foundation.log import logger
+from hsmn_dist.foundation.provenance import provenance
+from hsmn_dist.orchestration.heartbeat import read_beats, silent_rank
+from hsmn_dist.orchestration.journal import append_event, read_events, run_status
+from hsmn_dist.orchestration.launcher import StageLauncher
+from hsmn_dist.orchestration.run_folder import RunFolder, new_run_folder
+from hsmn_dist.orchestration.stage import pending_specs
+
+log = logger(__name__)
+
+WATCH_SECONDS = 1.0
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk: its settings, its folder, and the token of this attempt."""
+
+    config: RunConfig
+    folder: RunFolder
+    attempt: str
+
+
+def create_run(config: RunConfig) -> Run:
+    """Make the run folder with the resolved configuration and its provenance."""
+    folder = new_run_folder(Path(config.run_root), config.name)
+    folder.path.mkdir(parents=True)
+    write_json(folder.provenance, provenance(config_digest(config)))
+    attempt = _new_attempt(folder)
+    write_resolved(config, folder.config)  # last: a run exists when its configuration does
+    append_event(folder.journal, "run_started", attempt=attempt, config_digest=config_digest(config))
+    return Run(config, folder, attempt)
+
+
+def reopen_run(folder: RunFolder) -> Run:
+    """Take up an earlier run under a new attempt token.
+
+    Raises:
+        ConfigError: the run is complete already.
+        CheckpointError: its stored configuration was changed since.
+    """
+    config = load_stored_config(folder)
+    events = read_events(folder.journal)
+    started = next((event for event in events if event["event"] == "run_started"), None)
+    if started and started.get("config_digest") != config_digest(config):
+        raise CheckpointError(
+            f"{folder.config}: its digest is not the one in the journal; the configuration was changed after the run began",
+            allowed="the configuration that the run started with",
+            action="restore it, or start a new run with the changed one",
+        )
+    if run_status(events) == "complete":
+        raise ConfigError(
+            f"run {folder.run_id} is complete",
+            allowed="resuming a run that stopped early",
+            action=f"see `hsmn-dist scorecard {folder.run_id}`",
+        )
+    attempt = _new_attempt(folder)
+    append_event(folder.journal, "run_resumed", attempt=attempt)
+    return Run(config, folder, attempt)
+
+
+def load_stored_config(folder: RunFolder) -> RunConfig:
+    """The resolved configuration of a run."""
+    return run_config_from_mapping(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+
+
+def run_curriculum(run: Run, launcher: StageLauncher, finish: Callable[[Run], None], say: Say) -> None:
+    """Run what is pending of a curriculum, then `finish` (scorecard and figures).
+
+    Raises:
+        Preempted: the run was asked to leave; a checkpoint was written.
+        StageFailed, HsmnError: it could not go on; the journal says why.
+    """
+    folder = run.folder
+    try:
+        specs = pending_specs(run.config, folder, run.attempt)
+        if specs:
+            with _stop_on_signals(folder, launcher, run.config.cluster.grace_seconds), _watch(run, launcher) as hung:
+                try:
+                    launcher.launch(specs)
+                except HsmnError:
+                    if hung:
+                        raise hung[0] from None
+                    raise
+        finish(run)
+    except Preempted:
+        append_event(folder.journal, "run_preempted", attempt=run.attempt)
+        raise
+    except HsmnError as error:
+        append_event(folder.journal, "run_failed", attempt=run.attempt, found=error.found, action=error.action)
+        raise
+    finally:
+        launcher.stop()
+    append_event(folder.journal, "run_completed", attempt=run.attempt)
+    say(f"run {folder.run_id} is complete")
+
+
+def record_prepared(folder: RunFolder, tokenizer: Path, folders: dict[str, Path]) -> None:
+    """Note where this run's tokenizer and shards are."""
+    write_json(
+        folder.prepared,
+        {"tokenizer": str(tokenizer.resolve()), "folders": {name: str(path.resolve()) for name, path in folders.items()}},
+    )
+
+
+def check_attempt(folder: RunFolder, attempt: str) -> None:
+    """Refuse to commit for an attempt that was replaced.
+
+    Raises:
+        StageFailed: another attempt owns the run now.
+    """
+    current: dict[str, Any] = read_json(folder.attempt)
+    if current["token"] != attempt:
+        raise StageFailed(
+            f"attempt {attempt} was replaced by attempt {current['token']}: this process was cut off and may not commit",
+            allowed="commits of the newest attempt",
+            action="nothing to do: the newer attempt goes on",
+            kind="fenced",
+        )
+
+
+def _new_attempt(folder: RunFolder) -> str:
+    token = secrets.token_hex(4)
+    write_json(folder.attempt, {"token": token, "started": time.time()})
+    return token
+
+
+@contextmanager
+def _stop_on_signals(folder: RunFolder, launcher: StageLauncher, grace_seconds: float) -> Iterator[None]:
+    """TERM and USR1 ask the ranks to checkpoint and leave; after the grace time the launcher is stopped. Idempotent."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    timers: list[threading.Timer] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if not timers:
+            write_text(folder.stop_request, f"signal {number}\n")
+            timer = threading.Timer(grace_seconds, launcher.stop)
+            timer.daemon = True
+            timers.append(timer)
+            timer.start()
+
+    names = (signal.SIGTERM, signal.SIGUSR1)
+    before = {name: signal.signal(name, ask) for name in names}
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+@contextmanager
+def _watch(run: Run, launcher: StageLauncher) -> Iterator[list[StageFailed]]:
+    """Look at the heartbeats; a rank that falls silent ends the launch and is named."""
+    hung: list[StageFailed] = []
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(WATCH_SECONDS):
+            beat = silent_rank(read_beats(run.folder.path / "heartbeats"), run.config.cluster.stall_seconds, time.time())
+            if beat is not None:
+                hung.append(
+                    StageFailed(
+                        f"rank {beat.rank} on {beat.host} has been silent for {time.time() - beat.time:.0f} s "
+                        f"(stage {beat.stage}, {beat.phase}, step {beat.step})",
+                        allowed=f"a sign of life every {run.config.cluster.stall_seconds:g} s (cluster.stall_seconds)",
+                        kind="hung",
+                        rank=beat.rank,
+                    )
+                )
+                launcher.stop()
+                return
+
+    thread = threading.Thread(target=look, daemon=True, name="heartbeat-watch")
+    thread.start()
+    try:
+        yield hung
+    finally:
+        done.set()
+        thread.join(timeout=5)
