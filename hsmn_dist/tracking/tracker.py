@@ -38,6 +38,9 @@ class Tracker(Protocol):
     def log_figure(self, path: Path) -> None:
         """Keep a picture (PNG, SVG or HTML) where the back end shows figures."""
 
+    def log_dataset(self, name: str, digest: str, source: str, context: str = "training") -> None:
+        """Record that data of this digest was used; `source` is a hub id or a path."""
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Record searchable labels; a later value replaces an earlier one."""
 
@@ -60,6 +63,9 @@ class NullTracker:
     def log_figure(self, path: Path) -> None:
         """See Tracker."""
 
+    def log_dataset(self, name: str, digest: str, source: str, context: str = "training") -> None:
+        """See Tracker."""
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """See Tracker."""
 
@@ -79,6 +85,7 @@ class InMemoryTracker:
     points: list[tuple[str, int, float]] = field(default_factory=list)
     artifacts: list[tuple[Path, str]] = field(default_factory=list)
     figures: list[Path] = field(default_factory=list)
+    datasets: list[tuple[str, str, str, str]] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
     status: FinishStatus | None = None
 
@@ -97,6 +104,10 @@ class InMemoryTracker:
     def log_figure(self, path: Path) -> None:
         """See Tracker."""
         self.figures.append(path)
+
+    def log_dataset(self, name: str, digest: str, source: str, context: str = "training") -> None:
+        """See Tracker."""
+        self.datasets.append((name, digest, source, context))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """See Tracker."""
@@ -143,6 +154,10 @@ class CompositeTracker:
     def log_figure(self, path: Path) -> None:
         """See Tracker."""
         self._each("log_figure", path)
+
+    def log_dataset(self, name: str, digest: str, source: str, context: str = "training") -> None:
+        """See Tracker."""
+        self._each("log_dataset", name, digest, source, context)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """See Tracker."""
