@@ -21,7 +21,8 @@ _CODE_WORDS = re.compile(
     rf"|(?<!\w){_LANGUAGE} (?:code|program|script|function|class|method|query|snippet|regex|list|dictionary)"
     r"|\b(?:source|pseudo) ?code\b|\bcode (?:snippet|block|example)|\b(?:regular expression|regex|sql query|unit test)\b"
     r"|\b(?:write|create|implement|debug|fix|refactor|optimi[sz]e)\b[^.?!\n]{0,40}"
-    r"\b(?:program|algorithm|script|subroutine|code)\b",
+    r"\b(?:program|algorithm|script|subroutine|function|code)\b"
+    r"|\b(?:html|css|sql|mysql|javascript|xpath)\b",
     re.IGNORECASE,
 )
 _NOT_CODE = re.compile(
