@@ -98,7 +98,8 @@ def sync_run(folder: Path, uri: str = "", experiment: str = "") -> int:
     Raises:
         ConfigError: the folder is no run, or the server cannot be reached.
     """
-    if not any((folder / name).is_file() for name in (METRICS_NAME, EVENTS_NAME)):
+    names = (METRICS_NAME, EVENTS_NAME)
+    if not any(place.is_file() for name in names for place in (folder / name, *folder.glob(f"stages/*/{name}"))):
         raise ConfigError(
             f"{folder}: no {METRICS_NAME} and no {EVENTS_NAME}",
             allowed="the folder of a run, such as runs/<run_id>",
