@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hsmn_dist.config.section import Section
 
@@ -68,15 +68,37 @@ class HopeConfig(Section):
     num_layers: int = Field(12, ge=1, description="Blocks.")
     num_heads: int = Field(8, ge=1, description="Heads of the mixer and of the CMS; must divide d_model.")
     d_feed_forward: int = Field(2048, ge=1, description="Inner width of the MLP.")
+    positions: Literal["rotary", "learned", "none"] = Field(
+        "rotary", description="rotary: angles in queries and keys, any length; learned: a table of max_tokens rows."
+    )
+    rotary_base: float = Field(10000.0, gt=1.0, description="Base of the rotary angles (arXiv 2104.09864).")
     max_tokens: int = Field(8192, ge=1, description="Longest sequence when positions are learned.")
+    chunk_tokens: int = Field(
+        64, ge=1, description="Tokens that linear memories compute at once; changes their speed, never their result."
+    )
     mixer: Literal["attention", "linear", "self_modifying"] = Field(
         "attention", description="Token mixer of every block."
     )
     uses_cms: bool = Field(True, description="Give every block a continuum memory.")
+    uses_mlp: bool = Field(True, description="Give every block an MLP.")
     num_memory_modules: int = Field(5, ge=1, description="Time scales of the decay-form CMS.")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout after mixer, CMS and MLP.")
     ties_embeddings: bool = Field(False, description="Share the token table with the head.")
     pad_id: int = Field(0, ge=0, description="Token id of padding.")
+
+    @model_validator(mode="after")
+    def _check_hope(self) -> HopeConfig:
+        if self.d_model % self.num_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} does not divide d_model {self.d_model}; allowed: a divisor of the width; "
+                "change num_heads or d_model"
+            )
+        if self.positions == "rotary" and (self.d_model // self.num_heads) % 2:
+            raise ValueError(
+                f"rotary positions with heads of {self.d_model // self.num_heads}; allowed: an even head width; "
+                "change num_heads, or set positions to learned"
+            )
+        return self
 
 
 ModelConfig = Annotated[HsmnConfig | HopeConfig, Field(discriminator="family")]

@@ -1,0 +1,195 @@
+"""Linear memories with exponential decay, chunk-parallel; the core of the decay-form CMS and of the linear mixer.
+
+    S_m[t] = decay_m S_m[t-1] + scale_m k_t v_t^T          (per sequence, head and module m)
+    o_t    = sum_m gain_m[t] S_m[t]^T q_t
+
+Unusual: modules share q, k and v, so inside a chunk of C tokens all of them together are one C x C matrix
+M[i, j] = sum_m gain_m[i] scale_m decay_m^(i-j), and the carried states are read and written by one matrix product over
+the stacked modules. Powers only have exponents >= 0, so nothing overflows. Source: models.md 2.2; the chunk form is that
+of retention (Sun et al. 2023, arXiv 2307.08621, section 2.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class ReadInputs:
+    """One call of `decayed_reads`.
+
+    Attributes:
+        query, key: [B, H, T, K].
+        value: [B, H, T, J].
+        gains: [B, H, T, M] read weight of each module.
+        decays: [M] in [0, 1].
+        scales: [M] write weight of each module.
+        segments: [B, T] integers that never fall; memory is cleared where they change. Segment 0 continues the carried
+            memory. None: one segment.
+        valid: [B, T] bool; tokens that are not valid neither write nor age the memory. They may stand at the right end
+            only. None: all valid.
+        reads_after_write: o_t sees token t's own write; False reads the memory as token t - 1 left it.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    gains: Tensor
+    decays: Tensor
+    scales: Tensor
+    segments: Tensor | None = None
+    valid: Tensor | None = None
+    reads_after_write: bool = True
+
+
+def decayed_reads(
+    inputs: ReadInputs, memory: Tensor | None, chunk_size: int, returns_memory: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Reads [B, H, T, J] of every token, and the memory [B, H, M, K, J] (fp32 or wider) after the last one.
+
+    `memory` None starts from zero. With `returns_memory` False the second result is None and its cost is saved.
+    """
+    tokens = inputs.query.shape[2]
+    size = min(chunk_size, tokens)
+    num_chunks = -(-tokens // size)
+    query, key, value, gains = (
+        _chunked(t, num_chunks, size) for t in (inputs.query, inputs.key, inputs.value, inputs.gains)
+    )
+    layout = _layout(inputs, num_chunks, size)
+    powers = _powers(inputs.decays, size)  # [M, C + 1]
+    reads = _inner_reads(query, key, value, gains, inputs, layout, powers)
+    if memory is not None or num_chunks > 1 or returns_memory:
+        carried, memory = _carry(key, value, inputs, memory, layout, powers, returns_memory)
+        if carried is not None:
+            reads = reads + _outer_reads(query, gains, carried, inputs, layout, powers)
+    return reads.flatten(2, 3)[:, :, :tokens], memory
+
+
+@dataclass
+class _Layout:
+    """How tokens sit in chunks: [b, n, C] with b = B, or 1 when all rows agree."""
+
+    ages: Tensor  # [b, n, C] valid tokens of the chunk after this one
+    counts: Tensor  # [b, n] valid tokens of the chunk
+    is_written: Tensor | None  # [b, n, C] float: the write survives to the chunk's end
+    is_same: Tensor | None  # [B, n, C, C] float: both tokens of one segment
+    is_continued: Tensor | None  # [B, n, C] float: the carried memory is still this token's segment
+    survives: Tensor | None  # [B, n] float: the carried memory outlives the chunk
+
+
+def _chunked(tensor: Tensor, num_chunks: int, size: int) -> Tensor:
+    """[B, H, T, X] -> [B, H, n, C, X], zeros at the ragged end."""
+    batch, heads, tokens, width = tensor.shape
+    missing = num_chunks * size - tokens
+    if missing:
+        tensor = torch.nn.functional.pad(tensor, (0, 0, 0, missing))
+    return tensor.reshape(batch, heads, num_chunks, size, width)
+
+
+def _layout(inputs: ReadInputs, num_chunks: int, size: int) -> _Layout:
+    device, tokens = inputs.query.device, inputs.query.shape[2]
+    dtype = inputs.gains.dtype
+    shape = (num_chunks, size)
+    missing = num_chunks * size - tokens
+    if inputs.valid is None:
+        flat = torch.arange(num_chunks * size, device=device)[None] < tokens
+    else:
+        flat = torch.nn.functional.pad(inputs.valid, (0, missing))
+    valid = flat.reshape(-1, *shape)
+    seen = valid.cumsum(-1)
+    counts = seen[..., -1]
+    layout = _Layout(counts[..., None] - seen, counts, None, None, None, None)
+    if inputs.valid is not None or missing:
+        layout.is_written = valid.to(dtype)
+    if inputs.segments is not None:
+        ids = torch.cat([inputs.segments, inputs.segments[:, -1:].expand(-1, missing)], 1).reshape(-1, *shape)
+        # The last valid token's segment is what the chunk leaves behind; padding at the right end changes nothing.
+        last = torch.where(valid, ids, torch.zeros_like(ids)).amax(-1).cummax(-1).values
+        before = torch.cat([torch.zeros_like(last[:, :1]), last[:, :-1]], 1)
+        layout.is_same = (ids[..., :, None] == ids[..., None, :]).to(dtype)
+        layout.is_continued = (ids == before[..., None]).to(dtype)
+        layout.survives = (last == before).to(dtype)
+        layout.is_written = ((ids == last[..., None]) & valid).to(dtype)
+    return layout
+
+
+def _powers(decays: Tensor, size: int) -> Tensor:
+    """decay^0 ... decay^C: [M, C + 1]."""
+    return decays[:, None] ** torch.arange(size + 1, device=decays.device, dtype=decays.dtype)
+
+
+def _inner_reads(
+    query: Tensor, key: Tensor, value: Tensor, gains: Tensor, inputs: ReadInputs, layout: _Layout, powers: Tensor
+) -> Tensor:
+    """Reads of what was written inside the same chunk: [B, H, n, C, J]."""
+    size = query.shape[-2]
+    offset = 0 if inputs.reads_after_write else 1
+    steps = torch.arange(size, device=query.device)
+    distance = steps[:, None] - steps[None, :] - offset
+    table = powers[:, distance.clamp(min=0)] * (distance >= 0).to(powers.dtype)  # [M, C, C]
+    table = table * inputs.scales[:, None, None]
+    mix = torch.einsum("bhnim,mij->bhnij", gains, table.to(gains.dtype))
+    if layout.is_same is not None:
+        mix = mix * layout.is_same[:, None]
+    scores = query @ key.mT
+    return (scores * mix.to(scores.dtype)) @ value
+
+
+def _carry(
+    key: Tensor,
+    value: Tensor,
+    inputs: ReadInputs,
+    memory: Tensor | None,
+    layout: _Layout,
+    powers: Tensor,
+    returns_memory: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Memory at the start of every chunk [B, H, n, M, K, J] (None when all are zero) and after the last one."""
+    batch, heads, num_chunks, _, width = key.shape
+    modules = powers.shape[0]
+    last = num_chunks if returns_memory else num_chunks - 1
+    weights = powers.t()[layout.ages] * inputs.scales  # [b, n, C, M]
+    if layout.is_written is not None:
+        weights = weights * layout.is_written[..., None]
+    fading = powers.t()[layout.counts]  # [b, n, M]
+    if layout.survives is not None:
+        fading = fading * layout.survives[..., None]
+    starts = [memory]
+    if last:
+        scaled = key[:, :, :last, :, None] * weights[:, None, :last, :, :, None].to(key.dtype)
+        writes = scaled.flatten(-2).mT @ value[:, :, :last]  # [B, H, n, M * K, J]
+        writes = writes.reshape(batch, heads, last, modules, width, -1).to(_wide(writes.dtype))
+        for chunk in range(last):
+            before = starts[-1]
+            written = writes[:, :, chunk]
+            kept = None if before is None else before * fading[:, None, chunk, :, None, None].to(before.dtype)
+            starts.append(written if kept is None else kept + written)
+    after = starts.pop() if returns_memory else None
+    if memory is None:
+        if num_chunks == 1:
+            return None, after
+        first = starts[1] if len(starts) > 1 else after
+        assert first is not None
+        starts[0] = torch.zeros_like(first)
+    return torch.stack([s for s in starts if s is not None], 2), after
+
+
+def _outer_reads(
+    query: Tensor, gains: Tensor, carried: Tensor, inputs: ReadInputs, layout: _Layout, powers: Tensor
+) -> Tensor:
+    """Reads of what earlier chunks left: [B, H, n, C, J]."""
+    size = query.shape[-2]
+    fade = powers[:, 1:] if inputs.reads_after_write else powers[:, :size]
+    weights = gains * fade.t().to(gains.dtype)  # [B, H, n, C, M]
+    if layout.is_continued is not None:
+        weights = weights * layout.is_continued[:, None, :, :, None]
+    scaled = query[..., None, :] * weights[..., None].to(query.dtype)
+    return scaled.flatten(-2) @ carried.flatten(-3, -2).to(query.dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """States are carried in fp32 at least: half precision would lose slow modules."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -1,0 +1,167 @@
+"""The token mixers that are not self-modifying: causal softmax attention, and kernelised linear attention.
+
+Unusual: rows of a batch may have prefixes of different lengths in the cache, so a cached key carries a validity bit
+instead of a position (rotary angles are already in it). The linear mixer rotates the numerator only (Su et al. 2021,
+arXiv 2104.09864, equation 19), so its denominator stays positive. Sources: Vaswani et al. 2017; Katharopoulos et al. 2020
+(arXiv 2006.16236, equations 8 to 20).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hsmn_dist.models.hope.decayed_reads import ReadInputs, decayed_reads
+from hsmn_dist.models.hope.fast_state import FastState
+
+
+@dataclass
+class SequenceInfo:
+    """What every block of one forward pass needs to know about its rows.
+
+    Attributes:
+        cosines, sines: [B or 1, 1, T, K / 2] rotary tables, or None without rotary positions.
+        segments: [B, T] integers that never fall; 0 continues what came before. None: one segment.
+        reset: [B, T] bool, True at the first token of every later segment; None without segments.
+        valid: [B, T] bool, False on padding (right end only); None when all tokens count.
+        mask: [B, 1, T, T] bool for attention inside these tokens; None means plainly causal.
+        returns_state: states after the last token are wanted.
+    """
+
+    cosines: Tensor | None = None
+    sines: Tensor | None = None
+    segments: Tensor | None = None
+    reset: Tensor | None = None
+    valid: Tensor | None = None
+    mask: Tensor | None = None
+    returns_state: bool = False
+
+
+@dataclass
+class AttentionState(FastState):
+    """Keys and values [B, H, S, K] of the tokens so far; is_valid [B, S] is False on padding."""
+
+    keys: Tensor
+    values: Tensor
+    is_valid: Tensor
+
+
+@dataclass
+class LinearState(FastState):
+    """memory [B, H, 1, K, K] of phi(k) v^T, normaliser [B, H, 1, K, 1] of phi(k)."""
+
+    memory: Tensor
+    normaliser: Tensor
+
+
+def rotated(x: Tensor, info: SequenceInfo) -> Tensor:
+    """Rotary positions on [B, H, T, K]; unchanged without tables."""
+    if info.cosines is None or info.sines is None:
+        return x
+    first, second = x.chunk(2, -1)
+    cosines, sines = info.cosines.to(x.dtype), info.sines.to(x.dtype)
+    return torch.cat([first * cosines - second * sines, second * cosines + first * sines], -1)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, T, D] -> [B, H, T, K]."""
+    batch, tokens, width = x.shape
+    return x.reshape(batch, tokens, num_heads, width // num_heads).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, T, K] -> [B, T, D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class AttentionMixer(nn.Module):
+    """Causal softmax attention over SDPA. Parameters: 4 D^2."""
+
+    def __init__(self, d_model: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.project = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.output = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(
+        self, x: Tensor, state: AttentionState | None, info: SequenceInfo
+    ) -> tuple[Tensor, AttentionState | None, dict[str, Tensor]]:
+        """[B, T, D] -> [B, T, D], the grown cache when it is wanted, and no health scalars."""
+        query, key, value = (split_heads(t, self.num_heads) for t in self.project(x).chunk(3, -1))
+        query, key = rotated(query, info), rotated(key, info)
+        after = None
+        mask = info.mask
+        if info.returns_state or state is not None:
+            after, mask = self._extended(key, value, state, info)
+        keys, values = (key, value) if after is None else (after.keys.to(key.dtype), after.values.to(value.dtype))
+        is_causal = mask is None and keys.shape[2] == query.shape[2]
+        read = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=is_causal)
+        return self.output(merge_heads(read)), after if info.returns_state else None, {}
+
+    def _extended(
+        self, key: Tensor, value: Tensor, state: AttentionState | None, info: SequenceInfo
+    ) -> tuple[AttentionState, Tensor | None]:
+        """The cache with these tokens behind it, and the mask over it (None: plainly causal)."""
+        batch, _, tokens, _ = key.shape
+        device = key.device
+        valid = torch.ones(batch, tokens, dtype=torch.bool, device=device) if info.valid is None else info.valid
+        left = valid
+        if info.segments is not None:
+            # What is left behind is the last segment alone: later tokens may not see the others.
+            left = valid & (info.segments == _last_valid(info.segments, valid)[:, None])
+        if state is None:
+            return AttentionState(key, value, left), info.mask
+        old = state.is_valid
+        if info.segments is not None:
+            old = old & (_last_valid(info.segments, valid) == 0)[:, None]
+        after = AttentionState(
+            torch.cat([state.keys.to(key.dtype), key], 2),
+            torch.cat([state.values.to(value.dtype), value], 2),
+            torch.cat([old, left], 1),
+        )
+        inside = info.mask
+        if inside is None:
+            inside = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()[None, None]
+        cached = state.is_valid[:, None, None, :].expand(-1, 1, tokens, -1)
+        if info.segments is not None:
+            cached = cached & (info.segments == 0)[:, None, :, None]
+        return after, torch.cat([cached, inside.expand(batch, -1, -1, -1)], -1)
+
+
+class LinearMixer(nn.Module):
+    """Linear attention with phi(x) = elu(x) + 1, chunk-parallel, O(T). Parameters: 4 D^2."""
+
+    def __init__(self, d_model: int, num_heads: int, chunk_size: int) -> None:
+        super().__init__()
+        self.num_heads, self.chunk_size = num_heads, chunk_size
+        self.project = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.output = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(
+        self, x: Tensor, state: LinearState | None, info: SequenceInfo
+    ) -> tuple[Tensor, LinearState | None, dict[str, Tensor]]:
+        """[B, T, D] -> [B, T, D], the memory after the last token when it is wanted, and no health scalars."""
+        query, key, value = (split_heads(t, self.num_heads) for t in self.project(x).chunk(3, -1))
+        query, key = F.elu(query) + 1.0, F.elu(key) + 1.0
+        one = torch.ones(1, dtype=torch.promote_types(query.dtype, torch.float32), device=x.device)
+        gains = one.expand(*query.shape[:3], 1)
+        unit = torch.ones_like(value[..., :1])
+        inputs = ReadInputs(query, key, unit, gains, one, one, info.segments, info.valid)
+        total, normaliser = decayed_reads(
+            inputs, None if state is None else state.normaliser, self.chunk_size, info.returns_state
+        )
+        gains = 1.0 / total.to(gains.dtype)
+        inputs = ReadInputs(rotated(query, info), rotated(key, info), value, gains, one, one, info.segments, info.valid)
+        read, memory = decayed_reads(
+            inputs, None if state is None else state.memory, self.chunk_size, info.returns_state
+        )
+        after = None if memory is None or normaliser is None else LinearState(memory, normaliser)
+        return self.output(merge_heads(read)), after, {}
+
+
+def _last_valid(segments: Tensor, valid: Tensor) -> Tensor:
+    """Segment of each row's last valid token (0 for rows without one): [B]."""
+    return torch.where(valid, segments, torch.zeros_like(segments)).amax(1)

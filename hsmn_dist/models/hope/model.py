@@ -1,0 +1,338 @@
+"""HopeModel: token table, blocks, head; threads fast state through. And HOPE, the simple variant's interface.
+
+Unusual: context and targets are one row ([bos] + context + targets, `rows.py`), logits exist for scored positions only
+when a `target_loss` is given, and the head starts with standard deviation 0.2 / sqrt(D), so that the loss of a fresh model
+is ln V (public code starts at 58 to 247 nats for 4,096 tokens). Source: models.md section 2; Nested Learning, NeurIPS
+2025 (arXiv 2512.24695).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hsmn_dist.config.models import HopeConfig
+from hsmn_dist.foundation.errors import ModelError
+from hsmn_dist.foundation.param_role import ParamRole
+from hsmn_dist.models.contract import BOS_ID, LanguageModel, ModelInput, ModelOutput, TargetLoss
+from hsmn_dist.models.hope.block import BlockState
+from hsmn_dist.models.hope.build_parts import build_block
+from hsmn_dist.models.hope.fast_state import FastState
+from hsmn_dist.models.hope.mixers import SequenceInfo
+from hsmn_dist.models.hope.rows import Rows, build_rows, reset_points
+
+
+@dataclass
+class HopeState(FastState):
+    """Everything that a stream or a generation carries.
+
+    Attributes:
+        blocks: one `BlockState` per block.
+        num_tokens: [B] tokens read so far (the next position).
+        pending: [B] a stream's last target, not yet read; None while generating.
+    """
+
+    blocks: list[BlockState] = field(default_factory=list)
+    num_tokens: Tensor | None = None
+    pending: Tensor | None = None
+
+
+class HopeModel(LanguageModel):
+    """HOPE behind the house's contract. Everything that differs between variants comes from `HopeConfig`."""
+
+    def __init__(self, config: HopeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = nn.Embedding(config.max_tokens, config.d_model) if config.positions == "learned" else None
+        self.layers = nn.ModuleList(build_block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.ties_embeddings:
+            self.head.weight = self.embedding.weight
+        # A tied table is as small as the head has to be; the stream starts at the untied size all the same.
+        self.embedding_scale = 0.1 * config.d_model**0.5 if config.ties_embeddings else 1.0
+        self.dropout = nn.Dropout(config.dropout)
+        self.init_weights()
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks, first to last."""
+        return list(self.layers)
+
+    def init_weights(self) -> None:
+        """Normal(0, 0.02); maps that write into the stream divided by sqrt(2 layers); head 0.2 / sqrt(D)."""
+        depth = (2 * self.config.num_layers) ** -0.5
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                is_output = name.rsplit(".", 1)[-1] in ("output", "down")
+                nn.init.normal_(module.weight, std=0.02 * (depth if is_output else 1.0))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+        for module in self.modules():
+            draw = getattr(module, "init_weights", None)
+            if module is not self and callable(draw):
+                draw()
+        nn.init.normal_(self.head.weight, std=0.2 * self.config.d_model**-0.5)
+
+    def parameter_roles(self) -> dict[str, ParamRole]:
+        """Linear weights are matrices; tables and head by name; per-head memories are matrices too."""
+        roles: dict[str, ParamRole] = {}
+        for name, parameter in self.named_parameters():
+            if name.startswith(("embedding.", "positions.")):
+                roles[name] = ParamRole.EMBEDDING
+            elif name.startswith("head."):
+                roles[name] = ParamRole.HEAD
+            else:
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                roles[name] = ParamRole.VECTOR if len(shape) < 2 else ParamRole.MATRIX
+        return roles
+
+    def parameter_components(self) -> dict[str, str]:
+        """Of embedding, mixer, cms, mlp, head; a norm belongs to the part it feeds."""
+        return {name: _component(name) for name, _ in self.named_parameters()}
+
+    def parameter_periods(self) -> dict[str, int]:
+        """Optimizer steps between two updates, for parameters of CMS levels with `cadence: optimizer`."""
+        periods: dict[str, int] = {}
+        for prefix, module in self.named_modules():
+            given = getattr(module, "parameter_periods", None)
+            if module is not self and callable(given):
+                periods.update({f"{prefix}.{name}": p for name, p in given().items() if p > 1})
+        return periods
+
+    def initial_state(self, batch_size: int) -> HopeState:
+        """An empty state: given to `forward`, it starts a stream whose state comes back."""
+        device = self.norm.weight.device
+        blocks = [BlockState() for _ in self.layers]
+        return HopeState(blocks, torch.zeros(batch_size, dtype=torch.long, device=device))
+
+    def forward(
+        self, inputs: ModelInput, state: HopeState | None = None, target_loss: TargetLoss | None = None
+    ) -> ModelOutput:
+        """See `LanguageModel.forward`.
+
+        With a `state` the row goes on where the state's stream stopped (its pending token stands in <bos>'s place) and
+        the state after the last token comes back; without one there is neither.
+        """
+        first = None
+        if state is not None:
+            state.check_batch(inputs.target_ids.shape[0])
+            first = state.pending
+        rows = build_rows(inputs, first, self.config.pad_id)
+        hidden, blocks, aux = self._run(rows, state, returns_state=state is not None)
+        after = None
+        if state is not None and state.num_tokens is not None:
+            after = HopeState(blocks, state.num_tokens + rows.valid.sum(1), rows.pending)
+        if target_loss is None:
+            width = inputs.target_ids.shape[1]
+            places = rows.context_lengths[:, None] + torch.arange(width, device=hidden.device)
+            picked = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+            return ModelOutput(logits=self.head(self.norm(picked)), state=after, aux=aux)
+        batch_rows, positions = inputs.loss_mask.nonzero(as_tuple=True)
+        scored = hidden[batch_rows, rows.context_lengths[batch_rows] + positions]  # [M, D]
+        labels = inputs.target_ids[batch_rows, positions]
+        losses = target_loss(self.head(self.norm(scored)), labels, batch_rows, positions)
+        nll = torch.zeros(inputs.target_ids.shape, dtype=losses.dtype, device=losses.device)
+        return ModelOutput(nll=nll.index_put((batch_rows, positions), losses), state=after, aux=aux)
+
+    def start(self, context_ids: Tensor, context_mask: Tensor) -> tuple[Tensor, HopeState]:
+        """See `LanguageModel.start`."""
+        first = torch.full_like(context_ids[:, :1], BOS_ID) if context_ids.shape[1] else None
+        if first is None:
+            first = torch.full((context_ids.shape[0], 1), BOS_ID, dtype=torch.long, device=context_mask.device)
+        return self.read(torch.cat([first, context_ids], 1), context_mask.sum(1) + 1)
+
+    def read(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, HopeState]:
+        """Read rows [B, L] of `lengths` [B] tokens (no <bos> is added): logits [B, V] after the last one, and the state."""
+        index = torch.arange(tokens.shape[1], device=tokens.device)[None].expand(tokens.shape[0], -1)
+        valid = index < lengths[:, None]
+        tokens = torch.where(valid, tokens, torch.full_like(tokens, self.config.pad_id))
+        rows = Rows(tokens, lengths - 1, index, None, valid, tokens[:, 0])
+        hidden, blocks, _ = self._run(rows, self.initial_state(tokens.shape[0]), returns_state=True)
+        last = hidden.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
+        return self.head(self.norm(last)), HopeState(blocks, lengths)
+
+    def advance(self, token_ids: Tensor, state: HopeState) -> tuple[Tensor, HopeState]:
+        """See `LanguageModel.advance`."""
+        state.check_batch(token_ids.shape[0])
+        assert state.num_tokens is not None
+        ones = torch.ones_like(token_ids[:, None], dtype=torch.bool)
+        nothing = torch.zeros_like(state.num_tokens)
+        rows = Rows(token_ids[:, None], nothing, nothing[:, None], None, ones, token_ids)
+        hidden, blocks, _ = self._run(rows, state, returns_state=True, all_valid=True)
+        return self.head(self.norm(hidden[:, 0])), HopeState(blocks, state.num_tokens + 1)
+
+    def _run(
+        self, rows: Rows, state: HopeState | None, *, returns_state: bool, all_valid: bool = False
+    ) -> tuple[Tensor, list[BlockState], dict[str, Tensor]]:
+        """The stream [B, L, D] behind the last block, the blocks' states, and their health scalars (means)."""
+        positions = rows.positions
+        if state is not None and state.num_tokens is not None:
+            continues = torch.ones_like(positions, dtype=torch.bool) if rows.segments is None else rows.segments == 0
+            positions = positions + state.num_tokens[:, None] * continues
+        _check_tokens(rows.tokens, self.vocab_size)
+        info = self._sequence_info(rows, positions, returns_state, all_valid)
+        x = self.embedding(rows.tokens) * self.embedding_scale
+        if self.positions is not None:
+            _check_positions(positions, self.config.max_tokens)
+            x = x + self.positions(positions.clamp(max=self.config.max_tokens - 1))
+        x = self.dropout(x)
+        blocks: list[BlockState] = []
+        aux: dict[str, Tensor] = {}
+        for index, block in enumerate(self.layers):
+            x, after, health = block(x, None if state is None else state.blocks[index], info)
+            if after is not None:
+                blocks.append(after)
+            aux.update({f"{name}/block_{index}": value for name, value in health.items()})
+        return x, blocks, aux
+
+    def _sequence_info(self, rows: Rows, positions: Tensor, returns_state: bool, all_valid: bool) -> SequenceInfo:
+        info = SequenceInfo(segments=rows.segments, returns_state=returns_state)
+        if returns_state and not all_valid:
+            info.valid = rows.valid
+        if self.config.positions == "rotary":
+            width = self.config.d_model // self.config.num_heads
+            rates = self.config.rotary_base ** (
+                -torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
+            )
+            angles = positions[:, None, :, None].float() * rates
+            info.cosines, info.sines = angles.cos(), angles.sin()
+        if rows.segments is not None:
+            info.reset = reset_points(rows.segments)
+            if self.config.mixer == "attention":
+                length = rows.segments.shape[1]
+                causal = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()
+                info.mask = (causal & (rows.segments[:, :, None] == rows.segments[:, None, :]))[:, None]
+        return info
+
+
+class HOPE(nn.Module):
+    """The simple variant's interface, a thin wrapper around `HopeModel`.
+
+    Args:
+        vocab_size: V.
+        dim: D.
+        num_layers: blocks.
+        num_heads: H.
+        num_memory_modules: time scales of the CMS.
+        use_cms: False removes exactly the CMS branch.
+        **options: further fields of `HopeConfig`.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int = 512,
+        num_layers: int = 12,
+        num_heads: int = 8,
+        num_memory_modules: int = 5,
+        use_cms: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        settings: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "d_model": dim,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "d_feed_forward": 4 * dim,
+            "num_memory_modules": num_memory_modules,
+            "uses_cms": use_cms,
+        }
+        try:
+            config = HopeConfig(**{**settings, **options})
+        except ValueError as error:
+            raise ModelError(
+                f"HOPE({settings | options}): {error}",
+                allowed="the fields of HopeConfig, with num_heads dividing dim",
+                action="correct the argument named above",
+            ) from None
+        self.model = HopeModel(config)
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, targets_are_shifted: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, T, V] after every token, and the mean loss in nats (None without targets).
+
+        Args:
+            tokens: [B, T] ids, T >= 1; nothing is put in front of them.
+            targets: [B, T] labels of the same positions as `tokens`: the model predicts targets[:, t + 1] from tokens up
+                to t, as in `model(tokens, tokens)`. Labels below 0 are not scored.
+            targets_are_shifted: targets[:, t] is already the label of position t.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ModelError(
+                f"tokens of shape {tuple(tokens.shape)}", allowed="[B, T] with T >= 1", action="pass a batch of rows"
+            )
+        index = torch.arange(tokens.shape[1], device=tokens.device)[None].expand(tokens.shape[0], -1)
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+        rows = Rows(tokens, torch.zeros_like(tokens[:, 0]), index, None, valid, tokens[:, -1])
+        hidden, _, _ = self.model._run(rows, None, returns_state=False)
+        logits = self.model.head(self.model.norm(hidden))
+        if targets is None:
+            return logits, None
+        scored, labels = (logits, targets) if targets_are_shifted else (logits[:, :-1], targets[:, 1:])
+        labels = torch.where(labels < 0, torch.full_like(labels, -100), labels)
+        return logits, nn.functional.cross_entropy(scored.flatten(0, 1).float(), labels.flatten())
+
+    @torch.no_grad()
+    def generate(self, prompt: Tensor, max_new_tokens: int = 50, temperature: float = 0.8) -> Tensor:
+        """Append `max_new_tokens` sampled tokens to `prompt` [B, T]; temperature 0 takes the likeliest: [B, T + new]."""
+        was_training = self.training
+        self.eval()
+        lengths = torch.full((prompt.shape[0],), prompt.shape[1], device=prompt.device)
+        logits, state = self.model.read(prompt, lengths)
+        tokens = [prompt]
+        for number in range(max_new_tokens):
+            if temperature > 0:
+                token = torch.multinomial(torch.softmax(logits.float() / temperature, -1), 1)
+            else:
+                token = logits.argmax(-1, keepdim=True)
+            tokens.append(token)
+            if number + 1 < max_new_tokens:
+                logits, state = self.model.advance(token[:, 0], state)
+        self.train(was_training)
+        return torch.cat(tokens, 1)
+
+
+def _component(name: str) -> str:
+    if name.startswith(("embedding.", "positions.")):
+        return "embedding"
+    for part in ("mixer", "cms", "mlp"):
+        if f".{part}." in name or f".{part}_norm." in name:
+            return part
+    return "head"
+
+
+def _check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    # On a GPU this would wait for the device; there the lookup itself refuses.
+    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or tokens.numel() == 0:
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        raise ModelError(
+            f"token ids from {low} to {high} with a vocabulary of {vocab_size}",
+            allowed=f"ids in [0, {vocab_size})",
+            action="use the tokenizer that the model was built for, or raise `model.vocab_size`",
+        )
+
+
+def _check_positions(positions: Tensor, max_tokens: int) -> None:
+    if positions.device.type != "cpu" or torch.compiler.is_compiling() or positions.numel() == 0:
+        return
+    if int(positions.max()) >= max_tokens:
+        raise ModelError(
+            f"position {int(positions.max())} with learned positions",
+            allowed=f"positions below `model.max_tokens` = {max_tokens}",
+            action="raise `model.max_tokens`, shorten the rows, or use `model.positions: rotary`",
+        )
