@@ -94,9 +94,7 @@ def explain(folder: RunFolder) -> list[str]:
 def _summary(folder: RunFolder) -> dict[str, Any]:
     config = load_stored_config(folder)
     events = read_events(folder.journal)
-    complete = [
-        folder.stage(index, stage.name).is_complete for index, stage in enumerate(training_stages(config))
-    ]
+    complete = [folder.stage(index, stage.name).is_complete for index, stage in enumerate(training_stages(config))]
     return {
         "run_id": folder.run_id,
         "path": str(folder.path),

@@ -34,7 +34,6 @@ from hsmn_dist.orchestration.stage import pending_specs
 log = logger(__name__)
 
 WATCH_SECONDS = 1.0
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,10 @@ def load_stored_config(folder: RunFolder) -> RunConfig:
     return run_config_from_mapping(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
 
 
-def run_curriculum(run: Run, launcher: StageLauncher, finish: Callable[[Run], None], say: Say) -> None:
-    """Run what is pending of a curriculum, then `finish` (scorecard and figures).
+def run_curriculum(
+    run: Run, launcher: StageLauncher, prepare: Callable[[Run], None], finish: Callable[[Run], None]
+) -> None:
+    """`prepare` the data, run what is pending of a curriculum, then `finish` (scorecard and figures).
 
     Raises:
         Preempted: the run was asked to leave; a checkpoint was written.
@@ -98,6 +99,7 @@ def run_curriculum(run: Run, launcher: StageLauncher, finish: Callable[[Run], No
     """
     folder = run.folder
     try:
+        prepare(run)
         specs = pending_specs(run.config, folder, run.attempt)
         if specs:
             with _stop_on_signals(folder, launcher, run.config.cluster.grace_seconds), _watch(run, launcher) as hung:
@@ -117,14 +119,16 @@ def run_curriculum(run: Run, launcher: StageLauncher, finish: Callable[[Run], No
     finally:
         launcher.stop()
     append_event(folder.journal, "run_completed", attempt=run.attempt)
-    say(f"run {folder.run_id} is complete")
 
 
 def record_prepared(folder: RunFolder, tokenizer: Path, folders: dict[str, Path]) -> None:
     """Note where this run's tokenizer and shards are."""
     write_json(
         folder.prepared,
-        {"tokenizer": str(tokenizer.resolve()), "folders": {name: str(path.resolve()) for name, path in folders.items()}},
+        {
+            "tokenizer": str(tokenizer.resolve()),
+            "folders": {name: str(path.resolve()) for name, path in folders.items()},
+        },
     )
 
 
@@ -185,7 +189,9 @@ def _watch(run: Run, launcher: StageLauncher) -> Iterator[list[StageFailed]]:
 
     def look() -> None:
         while not done.wait(WATCH_SECONDS):
-            beat = silent_rank(read_beats(run.folder.path / "heartbeats"), run.config.cluster.stall_seconds, time.time())
+            beat = silent_rank(
+                read_beats(run.folder.path / "heartbeats"), run.config.cluster.stall_seconds, time.time()
+            )
             if beat is not None:
                 hung.append(
                     StageFailed(
