@@ -1,0 +1,244 @@
+"""Save and load A, mu and R by parameter name and flat range; what one world size wrote, any other reads.
+
+Each rank writes one safetensors file with the ranges it owns (under ZeRO stage 0, where every rank holds everything, the
+ranks split the work), whose header lists them. The manifest comes last: names, shapes, hashes, and how each task was measured.
+No pickle anywhere, so a store from elsewhere cannot run code.
+
+Source: continual.md section 4.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hsmn_dist.continual.ewc import EwcMemory, ShardMemory, TaskRecord, check_matches, mismatch_error, model_digest
+from hsmn_dist.distributed.collectives import all_reduce_sum, barrier
+from hsmn_dist.distributed.shards import ParamShard, owned_range
+from hsmn_dist.distributed.world import World
+from hsmn_dist.foundation.errors import CheckpointError
+from hsmn_dist.foundation.files import read_json, sha256_of_file, write_manifest
+
+MANIFEST = "manifest.json"
+FORMAT = "hsmn_dist.ewc"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One stored range: elements [start, stop) of parameter `name` lie in `file` under `key`."""
+
+    file: str
+    key: str
+    name: str
+    start: int
+    stop: int
+    residual: float
+
+
+def save_store(folder: Path, memory: EwcMemory, world: World, num_copies: int = 1) -> None:
+    """Write this rank's ranges and, when every rank has, the manifest. Collective: all ranks call it.
+
+    Args:
+        folder: absent, or a store that this one replaces.
+        memory: this rank's memory.
+        world: rank and world size.
+        num_copies: how many ranks hold each element (world size under ZeRO stage 0, else 1).
+    """
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in [
+            folder / MANIFEST,
+            *folder.glob("shard_*.safetensors"),
+        ]:  # a store without its manifest is no store
+            stale.unlink(missing_ok=True)
+    barrier()
+    write_rank_file(folder, memory, world.rank, world.world_size, num_copies)
+    barrier()
+    if world.rank == 0:
+        finish_store(folder, memory, world.world_size)
+    barrier()
+
+
+def rank_file(rank: int) -> str:
+    """File name of one rank's ranges."""
+    return f"shard_{rank:05d}.safetensors"
+
+
+def write_rank_file(folder: Path, memory: EwcMemory, rank: int, world_size: int, num_copies: int = 1) -> None:
+    """Write the ranges of one rank; the store does not exist until `finish_store`."""
+    tensors: dict[str, Tensor] = {}
+    pieces = []
+    for index, shard in enumerate(memory.shards):
+        start, stop, residual = shard.start, shard.stop, shard.residual
+        if num_copies > 1:
+            low, high = owned_range(stop - start, rank, world_size)
+            start, stop = shard.start + low, shard.start + high
+            residual = residual if low == 0 else 0.0  # all copies are equal: one of them counts
+        if stop <= start:
+            continue
+        inside = slice(start - shard.start, stop - shard.start)
+        key = f"{index:06d}"
+        # .clone(): safetensors refuses tensors that share storage, and a narrow of a flat buffer does.
+        tensors[f"precision.{key}"] = shard.precision[inside].detach().cpu().clone()
+        tensors[f"centre.{key}"] = shard.centre[inside].detach().cpu().clone()
+        pieces.append({"key": key, "name": shard.name, "start": start, "stop": stop, "residual": residual})
+    save_file(tensors, folder / rank_file(rank), metadata={"pieces": json.dumps(pieces)})
+
+
+def finish_store(folder: Path, memory: EwcMemory, world_size: int) -> None:
+    """Hash every rank's file and write the manifest last."""
+    shapes = {shard.name: list(shard.shape) for shard in memory.shards}
+    extra = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "world_size": world_size,
+        "parameters": shapes,
+        "num_parameters": sum(_numel(shape) for shape in shapes.values()),
+        "model_digest": model_digest(shapes),
+        "tasks": memory.records(),
+    }
+    write_manifest(folder, MANIFEST, [rank_file(rank) for rank in range(world_size)], extra)
+
+
+def load_store(folder: Path, shards: Sequence[ParamShard]) -> EwcMemory:
+    """The memory for exactly these shards, whatever world size and ZeRO stage wrote it. No communication.
+
+    Raises:
+        CheckpointError: no manifest, damaged or missing files, another model's parameters, or ranges that do not cover
+            every element once.
+    """
+    manifest = read_manifest(folder)
+    stored = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
+    wanted = {shard.name: shard.shape for shard in shards}
+    if stored != wanted:
+        raise mismatch_error(str(folder), stored, wanted)
+    pieces = _pieces(folder, manifest)
+    _check_coverage(folder, stored, pieces)
+    memory = EwcMemory.empty(shards)
+    memory.tasks = [TaskRecord(**record) for record in manifest["tasks"]]
+    wanted_files = set()
+    for shard in memory.shards:
+        for piece in pieces[shard.name]:
+            if piece.start < shard.stop and shard.start < piece.stop:
+                wanted_files.add(piece.file)
+    _verify(folder, manifest, sorted(wanted_files))
+    opened = {file: safe_open(folder / file, framework="pt") for file in wanted_files}
+    for shard in memory.shards:
+        _fill(shard, pieces[shard.name], opened)
+    check_matches(memory, shards)
+    return memory
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a store: parameters, tasks, hashes.
+
+    Raises:
+        CheckpointError: it is absent, or of another kind or a newer version.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: no {MANIFEST}: the anchor and Fisher of the earlier stages are missing or were never completed",
+            allowed="a store whose manifest was written last",
+            action="finish the earlier stage first, or train without it (continual.method: none)",
+        )
+    manifest: dict[str, Any] = read_json(path)
+    if manifest.get("format") != FORMAT or manifest.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format {manifest.get('format')!r} version {manifest.get('version')!r}",
+            allowed=f"format {FORMAT!r} version {FORMAT_VERSION}",
+            action="take the Fisher again with this program",
+        )
+    return manifest
+
+
+def _numel(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _pieces(folder: Path, manifest: dict[str, Any]) -> dict[str, list[_Piece]]:
+    pieces: dict[str, list[_Piece]] = {name: [] for name in manifest["parameters"]}
+    for file in manifest["files"]:
+        if not (folder / file).is_file():
+            raise _damaged(folder / file, "is missing")
+        try:
+            with safe_open(folder / file, framework="pt") as opened:
+                listed = json.loads(opened.metadata()["pieces"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise _damaged(folder / file, f"cannot be read ({error})") from error
+        for entry in listed:
+            pieces[entry["name"]].append(
+                _Piece(file, entry["key"], entry["name"], entry["start"], entry["stop"], entry["residual"])
+            )
+    for held in pieces.values():
+        held.sort(key=lambda piece: piece.start)
+    return pieces
+
+
+def _check_coverage(folder: Path, shapes: dict[str, tuple[int, ...]], pieces: dict[str, list[_Piece]]) -> None:
+    for name, shape in shapes.items():
+        reached = 0
+        for piece in pieces[name]:
+            if piece.start != reached:
+                break
+            reached = piece.stop
+        if reached != _numel(shape):
+            raise _damaged(folder, f"elements of {name} are covered up to {reached} of {_numel(shape)}")
+
+
+def _verify(folder: Path, manifest: dict[str, Any], files: Sequence[str]) -> None:
+    for file in files:
+        entry = manifest["files"][file]
+        path = folder / file
+        if path.stat().st_size != entry["bytes"]:
+            raise _damaged(path, f"has {path.stat().st_size} bytes, not {entry['bytes']}")
+        if sha256_of_file(path) != entry["sha256"]:
+            raise _damaged(path, "has another SHA-256 than the manifest says")
+
+
+def _damaged(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {problem}",
+        allowed="the bytes that were written",
+        action="restore the folder from a copy, or run the stage that wrote it again",
+    )
+
+
+def _fill(shard: ShardMemory, pieces: Sequence[_Piece], opened: dict[str, Any]) -> None:
+    residual = 0.0
+    for piece in pieces:
+        residual += piece.residual
+        low, high = max(piece.start, shard.start), min(piece.stop, shard.stop)
+        if low >= high:
+            continue
+        for what, target in (("precision", shard.precision), ("centre", shard.centre)):
+            source = opened[piece.file].get_slice(f"{what}.{piece.key}")[low - piece.start : high - piece.start]
+            target[low - shard.start : high - shard.start] = source.to(device=target.device, dtype=target.dtype)
+    # R belongs to the whole parameter; the one rank that owns its first element counts it.
+    shard.residual = residual if shard.start == 0 and shard.stop > 0 else 0.0
+
+
+def copies_of_each_element(shards: Sequence[ParamShard], all_elements: Tensor | None = None) -> int:
+    """How many ranks hold each element, from the number of elements summed over ranks (collective when not given).
+
+    1 when the ranks' shards partition the model (ZeRO 1 to 3, or one process), the world size when each holds it all.
+    """
+    whole = sum(_numel(shard.shape) for shard in shards)
+    if all_elements is None:
+        device = shards[0].value.device if shards else torch.device("cpu")
+        all_elements = all_reduce_sum(
+            torch.tensor(sum(s.num_elements for s in shards), dtype=torch.int64, device=device)
+        )
+    return max(1, round(int(all_elements) / max(1, whole)))
