@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hsmn_dist.continual.ewc import EwcMemory, EwcPenalty, TaskRecord
 from hsmn_dist.continual.store import (
