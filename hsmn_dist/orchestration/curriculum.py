@@ -1,12 +1,7 @@
-"""run_curriculum: prepare, launch every pending stage, score, write the scorecard. Knows a launcher, not Ray.
-
-Each time a run is started or resumed it gets an attempt token; a cut-off older attempt that comes back cannot commit (its token is no
-longer the one in `attempt.json`).
-"""
+"""run_curriculum: prepare, launch every pending stage, score, write the scorecard. Knows a launcher, not Ray."""
 
 from __future__ import annotations
 
-import secrets
 import signal
 import threading
 import time
@@ -15,16 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import yaml
 
 from hsmn_dist.config.load import config_digest, run_config_from_mapping, write_resolved
 from hsmn_dist.config.run import RunConfig
 from hsmn_dist.foundation.errors import CheckpointError, ConfigError, HsmnError, Preempted, StageFailed
-from hsmn_dist.foundation.files import read_json, write_json, write_text
+from hsmn_dist.foundation.files import write_json, write_text
 from hsmn_dist.foundation.log import logger
 from hsmn_dist.foundation.provenance import provenance
+from hsmn_dist.orchestration.attempt import new_attempt
 from hsmn_dist.orchestration.heartbeat import read_beats, silent_rank
 from hsmn_dist.orchestration.journal import append_event, read_events, run_status
 from hsmn_dist.orchestration.launcher import StageLauncher
@@ -50,7 +45,7 @@ def create_run(config: RunConfig) -> Run:
     folder = new_run_folder(Path(config.run_root), config.name)
     folder.path.mkdir(parents=True)
     write_json(folder.provenance, provenance(config_digest(config)))
-    attempt = _new_attempt(folder)
+    attempt = new_attempt(folder)
     write_resolved(config, folder.config)  # last: a run exists when its configuration does
     append_event(folder.journal, "run_started", attempt=attempt, config_digest=config_digest(config))
     return Run(config, folder, attempt)
@@ -78,7 +73,7 @@ def reopen_run(folder: RunFolder) -> Run:
             allowed="resuming a run that stopped early",
             action=f"see `hsmn-dist scorecard {folder.run_id}`",
         )
-    attempt = _new_attempt(folder)
+    attempt = new_attempt(folder)
     append_event(folder.journal, "run_resumed", attempt=attempt)
     return Run(config, folder, attempt)
 
@@ -130,28 +125,6 @@ def record_prepared(folder: RunFolder, tokenizer: Path, folders: dict[str, Path]
             "folders": {name: str(path.resolve()) for name, path in folders.items()},
         },
     )
-
-
-def check_attempt(folder: RunFolder, attempt: str) -> None:
-    """Refuse to commit for an attempt that was replaced.
-
-    Raises:
-        StageFailed: another attempt owns the run now.
-    """
-    current: dict[str, Any] = read_json(folder.attempt)
-    if current["token"] != attempt:
-        raise StageFailed(
-            f"attempt {attempt} was replaced by attempt {current['token']}: this process was cut off and may not commit",
-            allowed="commits of the newest attempt",
-            action="nothing to do: the newer attempt goes on",
-            kind="fenced",
-        )
-
-
-def _new_attempt(folder: RunFolder) -> str:
-    token = secrets.token_hex(4)
-    write_json(folder.attempt, {"token": token, "started": time.time()})
-    return token
 
 
 @contextmanager

@@ -50,6 +50,17 @@ POLICIES: dict[FailureKind, Policy] = {
 }
 
 
+# What gloo and NCCL say to a rank whose neighbour died.
+LOST_NEIGHBOUR_SIGNS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "gloo/transport",
+    "NCCL error",
+    "Timed out waiting",
+)
+
+
 @dataclass(frozen=True)
 class FailureRecord:
     """What one rank wrote before it stopped."""
@@ -76,6 +87,10 @@ def classify(error: BaseException) -> FailureKind:
         return FailureKind.BAD_INPUT if error.exit_code == 2 else FailureKind.UNKNOWN
     if isinstance(error, OSError) and error.errno == 28:
         return FailureKind.DISK_FULL
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError") or any(
+        sign in str(error) for sign in LOST_NEIGHBOUR_SIGNS
+    ):
+        return FailureKind.WORKER_LOST
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return FailureKind.OUT_OF_MEMORY
     return FailureKind.UNKNOWN
@@ -94,4 +109,10 @@ def read_failures(folder: Path, attempt: str) -> list[FailureRecord]:
         record = FailureRecord(**{**data, "kind": FailureKind(data["kind"])})
         if record.attempt == attempt:
             records.append(record)
-    return sorted(records, key=lambda record: (record.kind is FailureKind.UNKNOWN, record.rank))
+    blame = {FailureKind.UNKNOWN: 1, FailureKind.WORKER_LOST: 2}
+    return sorted(records, key=lambda record: (blame.get(record.kind, 0), record.rank))
+
+
+def must_stop(records: list[FailureRecord]) -> bool:
+    """True when a record says that starting the ranks again would not help."""
+    return any(POLICIES[record.kind].retries == 0 for record in records)

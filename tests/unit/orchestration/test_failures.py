@@ -10,12 +10,14 @@ import pytest
 
 from hsmn_dist.config.load import load_run_config
 from hsmn_dist.foundation.errors import ConfigError, DataError, Preempted, StageFailed
-from hsmn_dist.orchestration.curriculum import check_attempt, create_run, reopen_run
+from hsmn_dist.orchestration.attempt import claim
+from hsmn_dist.orchestration.curriculum import create_run, reopen_run
 from hsmn_dist.orchestration.failures import (
     POLICIES,
     FailureKind,
     FailureRecord,
     classify,
+    must_stop,
     read_failures,
     write_failure,
 )
@@ -42,7 +44,8 @@ def record(kind: FailureKind, rank: int, attempt: str = "a") -> FailureRecord:
         (OSError(errno.ENOSPC, "no space"), FailureKind.DISK_FULL),
         (MemoryError(), FailureKind.OUT_OF_MEMORY),
         (RuntimeError("CUDA out of memory"), FailureKind.OUT_OF_MEMORY),
-        (RuntimeError("connection closed by peer"), FailureKind.UNKNOWN),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"), FailureKind.WORKER_LOST),
+        (KeyError("a defect"), FailureKind.UNKNOWN),
     ],
 )
 def test_errors_are_classified(error: BaseException, kind: FailureKind) -> None:
@@ -54,10 +57,13 @@ def test_every_kind_has_a_policy() -> None:
 
 
 def test_the_culprit_comes_before_ranks_that_died_of_it(tmp_path: Path) -> None:
-    write_failure(tmp_path / "rank_00000.json", record(FailureKind.UNKNOWN, 0))
-    write_failure(tmp_path / "rank_00001.json", record(FailureKind.NON_FINITE, 1))
-    write_failure(tmp_path / "rank_00002.json", record(FailureKind.BAD_INPUT, 2, attempt="older"))
-    assert [item.rank for item in read_failures(tmp_path, "a")] == [1, 0]
+    write_failure(tmp_path / "rank_00000.json", record(FailureKind.WORKER_LOST, 0))
+    assert not must_stop(read_failures(tmp_path, "a"))
+    write_failure(tmp_path / "rank_00001.json", record(FailureKind.UNKNOWN, 1))
+    write_failure(tmp_path / "rank_00002.json", record(FailureKind.NON_FINITE, 2))
+    write_failure(tmp_path / "rank_00003.json", record(FailureKind.BAD_INPUT, 3, attempt="older"))
+    assert [item.rank for item in read_failures(tmp_path, "a")] == [2, 1, 0]
+    assert must_stop(read_failures(tmp_path, "a"))
 
 
 def test_records_become_the_error_that_explains_the_end(tmp_path: Path) -> None:
@@ -83,12 +89,24 @@ def test_records_become_the_error_that_explains_the_end(tmp_path: Path) -> None:
 
 def test_a_resumed_run_fences_the_attempt_before_it(tmp_path: Path) -> None:
     run = create_run(load_run_config(DEMO, [f"run_root={tmp_path}"]))
-    check_attempt(run.folder, run.attempt)
+    old = claim(run.folder, run.attempt)
+    old.check()
     again = reopen_run(RunFolder(run.folder.path))
-    check_attempt(again.folder, again.attempt)
     with pytest.raises(StageFailed, match="may not commit"):
-        check_attempt(run.folder, run.attempt)
+        old.check()
+    with pytest.raises(StageFailed, match="may not commit"):
+        claim(run.folder, run.attempt)
+    claim(again.folder, again.attempt).check()
     assert [event["event"] for event in read_events(run.folder.journal)] == ["run_started", "run_resumed"]
+
+
+def test_a_restarted_group_fences_the_group_before_it(tmp_path: Path) -> None:
+    run = create_run(load_run_config(DEMO, [f"run_root={tmp_path}"]))
+    first = claim(run.folder, run.attempt)
+    second = claim(run.folder, run.attempt)
+    second.check()
+    with pytest.raises(StageFailed, match="group 1 was replaced"):
+        first.check()
 
 
 def test_a_complete_or_changed_run_is_not_resumed(tmp_path: Path) -> None:
