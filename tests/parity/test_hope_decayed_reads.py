@@ -1,0 +1,163 @@
+"""Chunk-parallel decaying memories against the token loop: values, gradients, final state, odd lengths."""
+
+import itertools
+
+import pytest
+import torch
+
+from hsmn_dist.foundation.errors import ModelError
+from hsmn_dist.models.hope.continuum_memory import ContinuumMemory, retentions
+from hsmn_dist.models.hope.decayed_reads import ReadInputs, decayed_reads
+from hsmn_dist.models.hope.reference import decayed_read_steps
+
+
+def _inputs(tokens, seed=0, batch=2, heads=2, width=3, modules=4):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    query, key, value = (draw(batch, heads, tokens, width) for _ in range(3))
+    gains = torch.softmax(draw(batch, heads, tokens, modules), -1)
+    memory = draw(batch, heads, modules, width, width)
+    return query, key, value, gains, torch.tensor(retentions(modules), dtype=torch.float64), memory
+
+
+def _reference(query, key, value, gains, taus, memory, **options):
+    rows = [
+        [
+            decayed_read_steps(query[b, h], key[b, h], value[b, h], gains[b, h], taus, memory[b, h], **options)
+            for h in range(query.shape[1])
+        ]
+        for b in range(query.shape[0])
+    ]
+    reads = torch.stack([torch.stack([r[0] for r in row]) for row in rows])
+    return reads, torch.stack([torch.stack([r[1] for r in row]) for row in rows])
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 100, 257])
+@pytest.mark.parametrize("after", [True, False])
+def test_chunks_equal_the_token_loop_in_values_gradients_and_final_state(tokens, after):
+    leaves = [t.requires_grad_() for t in _inputs(tokens)]
+    expected = _reference(*leaves, reads_after_write=after)
+    weights = [torch.randn_like(e) for e in expected]
+    wanted = torch.autograd.grad(sum((e * w).sum() for e, w in zip(expected, weights, strict=True)), leaves)
+    for size in (1, 7, 64):
+        query, key, value, gains, taus, memory = leaves
+        inputs = ReadInputs(query, key, value, gains, taus, 1.0 - taus, reads_after_write=after)
+        found = decayed_reads(inputs, memory, size, returns_memory=True)
+        for left, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-12)
+        given = torch.autograd.grad(sum((f * w).sum() for f, w in zip(found, weights, strict=True)), leaves)
+        for left, right in zip(given, wanted, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-10)
+
+
+def test_nothing_is_computed_differently_when_no_memory_comes_or_goes():
+    query, key, value, gains, taus, _ = _inputs(21)
+    inputs = ReadInputs(query, key, value, gains, taus, 1.0 - taus)
+    with_memory, _ = decayed_reads(inputs, torch.zeros(2, 2, 4, 3, 3, dtype=torch.float64), 4, True)
+    without, memory = decayed_reads(inputs, None, 4, False)
+    assert memory is None
+    torch.testing.assert_close(without, with_memory, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("size", [1, 4, 32])
+def test_segments_and_padding_equal_each_segment_alone(size):
+    query, key, value, gains, taus, memory = _inputs(17)
+    segments = torch.tensor([[0] * 5 + [1] * 3 + [2] * 9, [0] * 2 + [1] * 11 + [2] * 4])
+    valid = torch.arange(17)[None] < torch.tensor([[14], [17]])
+    inputs = ReadInputs(query, key, value, gains, taus, 1.0 - taus, segments, valid)
+    reads, final = decayed_reads(inputs, memory, size, True)
+    for b in range(2):
+        for h in range(2):
+            for segment in range(3):
+                here = (segments[b] == segment) & valid[b]
+                start = memory[b, h] if segment == 0 else None
+                expected, state = decayed_read_steps(
+                    query[b, h, here], key[b, h, here], value[b, h, here], gains[b, h, here], taus, start
+                )
+                torch.testing.assert_close(reads[b, h, here], expected, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(final[b, h], state, rtol=1e-10, atol=1e-12)
+
+
+def _layer(**options):
+    torch.manual_seed(5)
+    layer = ContinuumMemory(8, 2, 3, chunk_size=4, **options).double()
+    return layer, torch.randn(2, 11, 8, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("options", [{}, {"corrects_bias": True}, {"reads_after_write": False}], ids=str)
+def test_any_split_of_a_stream_into_calls_equals_one_call(options):
+    layer, x = _layer(**options)
+    whole, end = layer(x)
+    for cuts in ((0, 1, 2, 11), (0, 6, 11), (0, 5, 10, 11)):
+        state, parts = None, []
+        for start, stop in itertools.pairwise(cuts):
+            y, state = layer(x[:, start:stop], state)
+            parts.append(y)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(state.memory, end.memory, rtol=1e-10, atol=1e-12)
+        assert torch.equal(state.num_tokens, end.num_tokens)
+
+
+def test_retention_near_zero_keeps_the_last_write_alone():
+    layer, x = _layer(taus=[1e-12])
+    _, state = layer(x)
+    _, last = layer(x[:, -1:])
+    torch.testing.assert_close(state.memory, last.memory, rtol=1e-9, atol=1e-11)
+
+
+def test_retention_one_never_changes_and_near_one_with_bias_correction_reads_the_mean():
+    layer, x = _layer(taus=[1.0])
+    state = layer(x)[1]
+    assert not state.memory.any()
+    layer, x = _layer(taus=[1.0 - 1e-9], corrects_bias=True)
+    with torch.no_grad():
+        layer.output.weight.copy_(torch.eye(8))
+    y, _ = layer(x)
+    query, key, value = (t.reshape(2, 11, 2, 4) for t in layer.project(x).chunk(3, -1))
+    mean = torch.einsum("bthk,bthj->bhkj", key, value) / 11
+    expected = torch.einsum("bhk,bhkj->bhj", query[:, -1] / 2.0, mean).reshape(2, 8)
+    torch.testing.assert_close(y[:, -1], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_reset_inside_a_batch_row_restarts_that_row_alone():
+    layer, x = _layer(corrects_bias=True)
+    reset = torch.zeros(2, 11, dtype=torch.bool)
+    reset[1, 7] = True
+    y, state = layer(x, None, reset)
+    whole, end = layer(x)
+    part, after = layer(x[1:, 7:])
+    torch.testing.assert_close(y[0], whole[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(y[1:, 7:], part, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(state.memory[1:], after.memory, rtol=1e-10, atol=1e-12)
+    assert state.num_tokens.tolist() == [11, 4] and end.num_tokens.tolist() == [11, 11]
+
+
+def test_time_scales_are_log_spaced_in_half_life_from_0_01_to_0_99():
+    taus = torch.tensor(retentions(5), dtype=torch.float64)
+    assert float(taus[0]) == pytest.approx(0.01) and float(taus[-1]) == pytest.approx(0.99)
+    half_lives = torch.log(torch.tensor(0.5, dtype=torch.float64)) / taus.log()
+    ratios = half_lives[1:] / half_lives[:-1]
+    torch.testing.assert_close(ratios, ratios[:1].expand(4), rtol=1e-9, atol=0)
+
+
+def test_stream_of_100_000_tokens_stays_finite():
+    torch.manual_seed(0)
+    layer, state = ContinuumMemory(8, 2, 5), None
+    with torch.no_grad():
+        for _ in range(10):
+            y, state = layer(torch.randn(1, 10_000, 8), state)
+    assert torch.isfinite(y).all() and torch.isfinite(state.memory).all()
+    assert int(state.num_tokens) == 100_000
+
+
+def test_bad_sizes_are_refused():
+    with pytest.raises(ModelError):
+        ContinuumMemory(10, 3)
+    with pytest.raises(ModelError):
+        ContinuumMemory(8, 2, taus=[1.5])
+    layer, x = _layer()
+    with pytest.raises(ModelError):
+        layer(x, layer(x[:1])[1])
