@@ -17,7 +17,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LANGUAGE = r"(?:python|java|javascript|typescript|c\+\+|c#|sql|html|css|php|ruby|rust|golang|bash|perl|kotlin|matlab)"
 _CODE_WORDS = re.compile(
     r"```"
-    rf"|\b(?:in|using|use|a|an|of|for) {_LANGUAGE}(?![\w+#])"
+    rf"|\b(?:in|using|use|into) {_LANGUAGE}(?![\w+#])"
     rf"|(?<!\w){_LANGUAGE} (?:code|program|script|function|class|method|query|snippet|regex|list|dictionary)"
     r"|\b(?:source|pseudo) ?code\b|\bcode (?:snippet|block|example)|\b(?:regular expression|regex|sql query|unit test)\b"
     r"|\b(?:write|create|implement|debug|fix|refactor|optimi[sz]e)\b[^.?!\n]{0,40}"
