@@ -21,6 +21,11 @@ class EvaluationConfig(Section):
         description="Run model-written programs in the sandbox for code tasks; off: those scores are `not measured`.",
     )
     sandbox_timeout_seconds: float = Field(5.0, gt=0, description="Time limit of one program.")
+    code_samples: int = Field(
+        1, ge=1, description="Programs drawn per problem; pass@k is estimated for k of 1, 10, 100 up to this number."
+    )
+    sandbox_memory_bytes: int = Field(512 * 2**20, ge=64 * 2**20, description="Memory limit of one process of a program.")
+    sandbox_workers: int = Field(2, ge=1, description="Programs that run at the same time.")
     bootstrap_samples: int = Field(
         1000, ge=0, description="Resamples of the 95 percent confidence interval; 0 leaves it out."
     )

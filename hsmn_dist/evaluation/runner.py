@@ -1,0 +1,147 @@
+"""evaluate_task: a TextModel and examples in, one TaskResult with its conditions out. Knows no model, tokenizer or rank.
+
+Unusual: the scored examples are spread evenly over those given, so a task that joins several datasets is scored on each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from hsmn_dist.config.evaluation import EvaluationConfig
+from hsmn_dist.data.example import Example
+from hsmn_dist.evaluation import metrics
+from hsmn_dist.evaluation.kind_scores import KindScores
+from hsmn_dist.evaluation.scorers import SCORERS
+from hsmn_dist.evaluation.task_result import TaskResult
+from hsmn_dist.foundation.errors import DataError
+from hsmn_dist.models.text_model import TextModel
+
+PROMPT_VERSION = "1"
+"""Raised whenever contexts, stop strings or extraction change: scores of different versions are not compared."""
+
+
+def evaluate_task(
+    model: TextModel, task: str, examples: Sequence[Example], settings: EvaluationConfig, split: str = "test"
+) -> TaskResult:
+    """Score `examples` by their kind, and the loss of their targets.
+
+    Args:
+        model: answers likelihoods and generates text.
+        task: name in every table.
+        examples: of one split; `settings.num_examples` of them are scored, `settings.num_loss_examples` give the loss.
+        settings: decoding, limits, seed.
+        split: written into the conditions.
+
+    Raises:
+        DataError: no examples.
+    """
+    if not examples:
+        raise DataError(
+            f"task {task!r}: no examples in its {split} split",
+            allowed="at least one example",
+            action="prepare more rows, or give the split a larger share (data.split)",
+        )
+    scored = spread(examples, settings.num_examples)
+    by_kind: dict[str, list[int]] = {}
+    for index, example in enumerate(scored):
+        by_kind.setdefault(example.kind, []).append(index)
+    parts = {kind: SCORERS[kind](model, [scored[i] for i in places], settings) for kind, places in by_kind.items()}
+    loss_examples = spread(examples, settings.num_loss_examples)
+    nll, tokens, num_bytes = target_loss(model, loss_examples)
+    conditions = _conditions(settings, split, len(examples), parts)
+    return _assemble(
+        task,
+        scored,
+        by_kind,
+        parts,
+        settings,
+        conditions,
+        {
+            "nll_per_token": nll / tokens if tokens else None,
+            "bits_per_byte": metrics.bits_per_byte(nll, num_bytes) if num_bytes else None,
+            "num_loss_examples": len(loss_examples),
+        },
+    )
+
+
+def spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """`count` examples at even distances, the first one included; all of them where there are no more."""
+    if len(examples) <= count:
+        return list(examples)
+    return [examples[index * len(examples) // count] for index in range(count)]
+
+
+def target_loss(model: TextModel, examples: Sequence[Example]) -> tuple[float, int, int]:
+    """Sum of the targets' nll in nats, their tokens, their bytes."""
+    results = model.loglikelihood([(example.context, example.target) for example in examples])
+    nll = math.fsum(result.nll_sum for result in results)
+    return nll, sum(result.num_tokens for result in results), sum(result.num_bytes for result in results)
+
+
+def _conditions(settings: EvaluationConfig, split: str, num_given: int, parts: dict[str, KindScores]) -> dict[str, Any]:
+    conditions: dict[str, Any] = {
+        "split": split,
+        "shots": 0,
+        "prompt_version": PROMPT_VERSION,
+        "selection": f"spread evenly over the first {num_given} examples of the split",
+        "temperature": settings.temperature,
+        "max_new_tokens": settings.max_new_tokens,
+        "seed": settings.seed,
+    }
+    for kind, part in parts.items():
+        prefix = f"{kind}." if len(parts) > 1 else ""
+        conditions |= {f"{prefix}{key}": value for key, value in part.conditions.items()}
+    return conditions
+
+
+def _assemble(
+    task: str,
+    scored: Sequence[Example],
+    by_kind: dict[str, list[int]],
+    parts: dict[str, KindScores],
+    settings: EvaluationConfig,
+    conditions: dict[str, Any],
+    loss: dict[str, Any],
+) -> TaskResult:
+    """Put the parts of a task together; with several kinds the main score is the mean over all scored examples."""
+    is_mixed = len(parts) > 1
+    values: dict[int, float] = {}
+    extra: dict[str, float] = {}
+    for kind, part in parts.items():
+        values |= dict(zip(by_kind[kind], part.values, strict=False))
+        prefix = f"{kind}." if is_mixed else ""
+        extra |= {f"{prefix}{name}": metrics.mean(found) for name, found in part.extra.items() if found}
+        if is_mixed and part.values:
+            extra[f"{kind}.{part.metric}"] = metrics.mean(part.values)
+    measured = [values[index] for index in sorted(values)]
+    interval, method = _interval(measured, settings)
+    reasons = [f"{kind}: {part.reason}" for kind, part in parts.items() if part.reason]
+    return TaskResult(
+        task=task,
+        kind="mixed" if is_mixed else next(iter(parts)),
+        metric="mean_of_kinds" if is_mixed else next(iter(parts.values())).metric,
+        status="measured" if measured else "not measured",
+        score=metrics.mean(measured) if measured else None,
+        nll_per_token=loss["nll_per_token"],
+        bits_per_byte=loss["bits_per_byte"],
+        num_examples=len(measured),
+        num_loss_examples=loss["num_loss_examples"],
+        conditions=conditions,
+        reason="; ".join(reasons),
+        interval=interval,
+        interval_method=method,
+        extra=extra,
+        example_ids=[scored[index].id for index in sorted(values)],
+        example_scores=measured,
+    )
+
+
+def _interval(values: list[float], settings: EvaluationConfig) -> tuple[tuple[float, float] | None, str]:
+    if not values or settings.bootstrap_samples == 0:
+        return None, ""
+    if all(value in (0.0, 1.0) for value in values):
+        # The bootstrap of 0 right out of 32 would be [0, 0].
+        return metrics.wilson_interval(sum(values), len(values)), "wilson"
+    return metrics.bootstrap_interval(values, settings.bootstrap_samples, settings.seed), "bootstrap"
