@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,5 +22,5 @@ class KindScores:
     metric: str
     values: list[float]
     extra: dict[str, list[float]] = field(default_factory=dict)
-    conditions: dict[str, str | int | float] = field(default_factory=dict)
+    conditions: Mapping[str, Any] = field(default_factory=dict)
     reason: str = ""

@@ -46,7 +46,7 @@ from typing import IO, Any, Literal
 from hsmn_dist.foundation.errors import MissingExtraError, SandboxError
 from hsmn_dist.foundation.extras import require
 
-_REFUSED_CALLS = (  # one string, because fifty quoted names would be unreadable
+_REFUSED_CALLS = (
     "ptrace process_vm_readv process_vm_writev process_madvise pidfd_getfd kcmp perf_event_open userfaultfd bpf "
     "mount umount2 pivot_root chroot move_mount open_tree fsopen fsconfig fsmount fspick mount_setattr "
     "unshare setns keyctl add_key request_key io_uring_setup io_uring_enter io_uring_register "
@@ -54,7 +54,7 @@ _REFUSED_CALLS = (  # one string, because fifty quoted names would be unreadable
     "open_by_handle_at name_to_handle_at fanotify_init syslog settimeofday clock_settime adjtimex clock_adjtime "
     "sethostname setdomainname iopl ioperm lookup_dcookie move_pages migrate_pages mbind set_mempolicy "
     "memfd_create memfd_secret shmget shmat msgget semget mq_open vhangup personality"
-).split()  # noqa: SIM905
+)
 _MUST_KNOW = ("ptrace", "mount", "unshare", "setns", "clone", "clone3", "io_uring_setup", "keyctl", "socket", "bpf")
 _NAMESPACE_FLAGS = (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
 _FIRST_UID, _NUM_UIDS = 60600, 500
@@ -264,7 +264,7 @@ def seccomp_filter() -> bytes:
         )
     rules = seccomp.SyscallFilter(seccomp.ALLOW)
     denied = seccomp.ERRNO(errno.EPERM)
-    for name in _REFUSED_CALLS:
+    for name in _REFUSED_CALLS.split():
         if _is_known(seccomp, architecture, name):
             rules.add_rule(denied, name)
     rules.add_rule(denied, "socket", seccomp.Arg(0, seccomp.NE, int(socket.AF_UNIX)))

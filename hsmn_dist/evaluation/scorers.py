@@ -26,7 +26,6 @@ from hsmn_dist.evaluation.kind_scores import KindScores
 from hsmn_dist.models.generation import GenerationSettings
 from hsmn_dist.models.text_model import LogLikelihood, TextModel
 
-
 Scorer = Callable[[TextModel, Sequence[Example], EvaluationConfig], KindScores]
 
 
