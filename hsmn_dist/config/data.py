@@ -18,6 +18,11 @@ class TokenizerConfig(Section):
     )
     vocab_size: int = Field(2048, ge=260, description="Ids of a trained BPE; ignored by the other kinds.")
     path: str = Field("", description="tokenizer.json for kind `file`.")
+    max_training_bytes: int = Field(
+        2**30,
+        ge=1,
+        description="Text read for training a BPE, in characters, dealt evenly over the datasets; bounds memory.",
+    )
 
 
 class DatasetConfig(Section):
@@ -31,6 +36,8 @@ class DatasetConfig(Section):
         description="Local JSONL, CSV, Parquet file or folder of text; empty: built-in rows or the dataset's hub id.",
     )
     revision: str = Field("", description="Hub revision (commit); pinned in the index.")
+    hub_configuration: str = Field("", description="Hub configuration; empty: the dataset's usual one.")
+    hub_split: str = Field("", description="Hub split to learn from; empty: the first that may train.")
     num_examples: int = Field(
         0,
         ge=0,
@@ -52,6 +59,11 @@ class DataConfig(Section):
     shard_bytes: int = Field(64 * 2**20, ge=4096, description="Size at which a tar shard is closed.")
     max_context_tokens: int = Field(512, ge=1, description="Longer contexts lose their oldest tokens (counted).")
     max_target_tokens: int = Field(128, ge=2, description="Longer targets are cut (counted).")
+    part_examples: int = Field(
+        20_000,
+        ge=1,
+        description="Examples that one task tokenizes and writes; a part has shards of its own, so it also bounds their size.",
+    )
     prepare_workers: int = Field(1, ge=1, description="Processes that prepare rows on this machine.")
     loader_workers: int = Field(
         0, ge=0, description="Background threads that read, decode and collate ahead; 0 reads in the training thread."
@@ -61,5 +73,15 @@ class DataConfig(Section):
         False, description="Put several short examples in one row without attention or loss across them (HOPE)."
     )
     length_buckets: int = Field(1, ge=1, description="Length classes inside a shuffle window; more means less padding.")
+    shuffle_window_shards: int = Field(
+        16, ge=0, description="Shards whose samples are shuffled together; 0: all of them. Bounds the shards in use."
+    )
+    cache_folder: str = Field(
+        "",
+        description="Folder for shards fetched from URLs; empty: `hsmn_dist-shards` in the system's temporary folder.",
+    )
+    cache_bytes: int = Field(
+        16 * 2**30, ge=2**20, description="Size to which the cache of fetched shards is cut back, on each machine."
+    )
     corrupt_policy: Literal["raise", "quarantine"] = Field("raise", description="What a damaged sample or shard does.")
     quarantine_limit: int = Field(0, ge=0, description="Damaged samples that may be passed over under `quarantine`.")

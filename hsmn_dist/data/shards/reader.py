@@ -1,0 +1,238 @@
+"""Open a prepared folder and read any sample by its number; every read is checked.
+
+What is unusual: nothing is read in sequence. The index gives the place of a sample, one positioned read brings it, and a CRC-32
+over header, payload and padding shows every flipped bit; a short read shows a cut file, the file's size a replaced one. Plain
+webdataset passes over three of these in silence. Only JSON and raw integers are decoded: no pickle, no `pipe:`.
+
+`verify_folder` is the thorough form: SHA-256 of every shard, and a walk over its members.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from hsmn_dist.data.example import Example
+from hsmn_dist.data.shards.index import ShardEntry, ShardIndex, load_index, load_samples
+from hsmn_dist.data.shards.tar_layout import (
+    BLOCK_BYTES,
+    EXAMPLE_SUFFIX,
+    TOKENS_SUFFIX,
+    checksum,
+    example_span,
+    tokens_span,
+    unpack_tokens,
+)
+from hsmn_dist.foundation.errors import DataError
+from hsmn_dist.foundation.files import sha256_of_file
+
+
+class DamagedSample(DataError):
+    """A sample or shard whose bytes are not those that were written. The loader's policy decides what follows."""
+
+
+def _damaged(where: str, problem: str) -> DamagedSample:
+    return DamagedSample(
+        f"{where}: {problem}",
+        allowed="the bytes that were written",
+        action="copy or prepare the shard again, or set data.corrupt_policy to 'quarantine' with a data.quarantine_limit",
+    )
+
+
+class LocalFiles:
+    """The files of a local folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, shard: ShardEntry) -> Path:
+        """Where the shard lies."""
+        return self.folder / shard.name
+
+
+class SplitReader:
+    """One split of a prepared folder, by sample number. Safe to use from several threads."""
+
+    def __init__(self, folder: Path, split: str, files: LocalFiles | None = None) -> None:
+        self.folder = folder
+        self.split = split
+        self.index: ShardIndex = load_index(folder)
+        self.entry = self.index.split(split, folder)
+        self.samples = load_samples(folder / self.entry.samples_file, self.entry)
+        self.shard_sizes = np.array([shard.num_samples for shard in self.entry.shards], dtype=np.int64)
+        self._ends = np.cumsum(self.shard_sizes)
+        self._files = files or LocalFiles(folder)
+        self._open: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """Context and target token counts of samples, [len(numbers), 2] int64, without reading a shard."""
+        rows = self.samples[numbers]
+        return np.stack([rows["context_tokens"], rows["target_tokens"]], axis=1).astype(np.int64)
+
+    def read_tokens(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Context and target ids of a sample.
+
+        Raises:
+            DamagedSample: the shard is missing, cut, or holds other bytes than were written.
+        """
+        offset, example_bytes, token_bytes, _, crc, num_context, num_target = self.samples[number].item()
+        start, length = tokens_span(offset, example_bytes, token_bytes)
+        data = self._read(number, start, length, crc)
+        context, target = unpack_tokens(data[BLOCK_BYTES : BLOCK_BYTES + token_bytes], self.index.token_dtype)
+        if len(context) != num_context or len(target) != num_target:
+            raise _damaged(self._where(number), "its token counts differ from the index")
+        return context, target
+
+    def read_json(self, number: int) -> dict[str, object]:
+        """The decoded example of a sample, as stored.
+
+        Raises:
+            DamagedSample: as `read_tokens`, or the bytes are not JSON.
+        """
+        offset, example_bytes, _, crc, _, _, _ = self.samples[number].item()
+        start, length = example_span(offset, example_bytes)
+        data = self._read(number, start, length, crc)
+        try:
+            value: dict[str, object] = json.loads(data[BLOCK_BYTES : BLOCK_BYTES + example_bytes])
+        except ValueError as error:
+            raise _damaged(self._where(number), f"its JSON cannot be decoded ({error})") from error
+        return value
+
+    def read_example(self, number: int) -> Example:
+        """The example of a sample, text and meta."""
+        return Example(**self.read_json(number))  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Close the shards that are open."""
+        with self._lock:
+            for descriptor in self._open.values():
+                os.close(descriptor)
+            self._open.clear()
+
+    def _where(self, number: int) -> str:
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        in_shard = number - int(self._ends[shard] - self.shard_sizes[shard])
+        return (
+            f"{self.folder / self.entry.shards[shard].name}: sample {in_shard} of the shard ({number} of {self.split})"
+        )
+
+    def _read(self, number: int, start: int, length: int, crc: int) -> bytes:
+        shard = int(self._ends.searchsorted(number, side="right"))
+        try:
+            data = os.pread(self._descriptor(shard), length, start)
+        except OSError as error:
+            raise _damaged(self._where(number), f"cannot be read ({error.strerror})") from error
+        if checksum(data) != crc:
+            problem = f"ends after {len(data)} of {length} bytes" if len(data) < length else "its checksum differs"
+            raise _damaged(self._where(number), problem)
+        return data
+
+    def _descriptor(self, shard: int) -> int:
+        descriptor = self._open.get(shard)
+        if descriptor is not None:
+            return descriptor
+        with self._lock:
+            if shard in self._open:
+                return self._open[shard]
+            descriptor = open_shard(self._files.path(self.entry.shards[shard]), self.entry.shards[shard])
+            # Files stay open to the end: closing one here could pull it from under another thread's read.
+            self._open[shard] = descriptor
+            return descriptor
+
+
+def open_shard(path: Path, entry: ShardEntry) -> int:
+    """A read descriptor of a shard whose size is the one that was written.
+
+    Raises:
+        DamagedSample: the file is missing or has another size.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise _damaged(str(path), f"cannot be opened ({error.strerror})") from error
+    num_bytes = os.fstat(descriptor).st_size
+    if num_bytes != entry.bytes:
+        os.close(descriptor)
+        raise _damaged(str(path), f"has {num_bytes} bytes, not {entry.bytes}")
+    return descriptor
+
+
+def read_examples(folder: Path, split: str, limit: int | None = None) -> Iterator[Example]:
+    """The examples of a split in the order of the shards, at most `limit` of them (None or 0: all)."""
+    reader = SplitReader(folder, split)
+    try:
+        for number in range(min(len(reader), limit) if limit else len(reader)):
+            yield reader.read_example(number)
+    finally:
+        reader.close()
+
+
+def shard_problems(folder: Path, entry: ShardEntry) -> list[str]:
+    """Everything that is wrong with one shard: absence, size, hash, members that do not belong, count."""
+    path = folder / entry.name
+    if not path.is_file():
+        return [f"{path}: is missing"]
+    problems = []
+    if path.stat().st_size != entry.bytes:
+        problems.append(f"{path}: has {path.stat().st_size} bytes, not {entry.bytes}")
+    elif sha256_of_file(path) != entry.sha256:
+        problems.append(f"{path}: has another SHA-256 than the index says")
+    try:
+        with tarfile.open(path, "r:") as archive:
+            members = archive.getmembers()
+    except (tarfile.TarError, OSError) as error:
+        return [*problems, f"{path}: not a whole tar file ({error})"]
+    strange = [m.name for m in members if not m.isreg() or m.name.rpartition(".")[2] not in _SUFFIXES]
+    if strange:
+        problems.append(f"{path}: holds {strange[0]!r}; members are plain .{EXAMPLE_SUFFIX} and .{TOKENS_SUFFIX} files")
+    num_samples = sum(m.name.endswith(f".{TOKENS_SUFFIX}") for m in members)
+    if num_samples != entry.num_samples:
+        problems.append(f"{path}: holds {num_samples} samples, the index says {entry.num_samples}")
+    return problems
+
+
+_SUFFIXES = (EXAMPLE_SUFFIX, TOKENS_SUFFIX)
+
+
+def folder_problems(folder: Path) -> list[str]:
+    """Everything that is wrong with a prepared folder; empty when every byte is the one that was written."""
+    try:
+        index = load_index(folder)
+    except DataError as error:
+        return [error.found]
+    problems: list[str] = []
+    for split in index.splits.values():
+        try:
+            load_samples(folder / split.samples_file, split)
+        except DataError as error:
+            problems.append(error.found)
+        for entry in split.shards:
+            problems.extend(shard_problems(folder, entry))
+    return problems
+
+
+def verify_folder(folder: Path) -> ShardIndex:
+    """Check every byte of a prepared folder.
+
+    Raises:
+        DataError: the first problem, and how many there are.
+    """
+    problems = folder_problems(folder)
+    if problems:
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        raise DataError(
+            problems[0] + more,
+            allowed="the bytes that were written, with their index",
+            action="prepare the dataset again, or copy the folder again",
+        )
+    return load_index(folder)

@@ -1,0 +1,71 @@
+"""How one sample lies in a tar shard: bytes and arithmetic only.
+
+A sample is two members behind each other, `KEY.json` (the example: text, ids, what scoring needs) and `KEY.tok` (its tokens),
+each a 512-byte ustar header, the payload, and zeros up to the next multiple of 512. That is the layout of webdataset, whose
+plain reader groups members by key. What is unusual: no member is ever compressed or pickled, so every position follows from
+the sample's offset and the two sizes, and one positioned read gives the tokens of any sample.
+
+The token payload is a little-endian uint32 with the number of context tokens, then context and target ids in the folder's
+token type. Source of the header layout: POSIX.1-1988 ustar, as written by the standard library.
+"""
+
+from __future__ import annotations
+
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+
+BLOCK_BYTES = 512
+END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
+EXAMPLE_SUFFIX = "json"
+TOKENS_SUFFIX = "tok"
+_COUNT = struct.Struct("<I")
+
+
+def padded(num_bytes: int) -> int:
+    """The size on disk of a payload: the next multiple of 512."""
+    return -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def member(name: str, payload: bytes) -> bytes:
+    """One tar member: header, payload, padding. Time, owner and mode are constants, so equal input gives equal bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = len(payload)
+    info.mode = 0o444
+    info.mtime = 0
+    header = info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+    return header + payload + bytes(padded(len(payload)) - len(payload))
+
+
+def example_span(offset: int, example_bytes: int) -> tuple[int, int]:
+    """Start and length in the shard of the whole example member, header and padding included."""
+    return offset, BLOCK_BYTES + padded(example_bytes)
+
+
+def tokens_span(offset: int, example_bytes: int, token_bytes: int) -> tuple[int, int]:
+    """Start and length in the shard of the whole token member, header and padding included."""
+    return offset + BLOCK_BYTES + padded(example_bytes), BLOCK_BYTES + padded(token_bytes)
+
+
+def checksum(data: bytes | memoryview) -> int:
+    """CRC-32 of a member as it lies on disk; the index holds it, and each read compares it."""
+    return zlib.crc32(data)
+
+
+def pack_tokens(context: list[int], target: list[int], dtype: str) -> bytes:
+    """The payload of a token member."""
+    return _COUNT.pack(len(context)) + np.asarray(context + target, dtype=dtype).tobytes()
+
+
+def unpack_tokens(payload: bytes, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Context and target ids of a token payload, as read-only views."""
+    (num_context,) = _COUNT.unpack_from(payload)
+    ids = np.frombuffer(payload, dtype=dtype, offset=_COUNT.size)
+    return ids[:num_context], ids[num_context:]
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The smallest of the two stored types that holds every id below `vocab_size`."""
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
