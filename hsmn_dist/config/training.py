@@ -46,6 +46,11 @@ class TrainingConfig(Section):
     )
     compiles_model: bool = Field(False, description="torch.compile the model.")
     offload: OffloadConfig = Field(OffloadConfig(), description="Offload to CPU or NVMe.")
+    persistent_parameter_elements: int = Field(
+        100_000,
+        ge=0,
+        description="ZeRO 3 keeps parameters smaller than this whole on every rank (DeepSpeed's default).",
+    )
     l2: float = Field(
         0.0, ge=0, description="Coefficient of sum(w^2) added to the loss as the original does (1e-6 there)."
     )

@@ -1,6 +1,7 @@
 """World: which rank this process is, of how many, on which device; and the process group they share.
 
-Unusual: this is the only file of the library that reads the environment, and it adopts a process group that somebody else
+Unusual: this is the only file of the library that reads the environment (and it sets
+LOCAL_RANK where it is missing), and it adopts a process group that somebody else
 formed (Ray Train does) in place of forming its own. Whoever starts the ranks sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR
 and MASTER_PORT, as torchrun does; with none of them set there is one rank.
 """
@@ -60,7 +61,11 @@ class World:
         return world
 
     def join(self, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
-        """Form the process group, or adopt the one that is there. One rank alone needs no address."""
+        """Form the process group, or adopt the one that is there. One rank alone needs no address.
+
+        LOCAL_RANK is set where nobody did, because DeepSpeed refuses to start without it.
+        """
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
         if dist.is_initialized():
             if (dist.get_rank(), dist.get_world_size()) != (self.rank, self.world_size):
                 raise ConfigError(

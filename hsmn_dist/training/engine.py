@@ -7,32 +7,47 @@ Order inside a step: `forward_backward` for each micro-batch, then penalties may
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from hsmn_dist.distributed.shards import ParamShard
-from hsmn_dist.models.contract import LanguageModel, ModelInput
+from hsmn_dist.models.contract import LanguageModel, ModelInput, TargetLoss, cross_entropy
 
 
 @dataclass
 class StepStats:
-    """What a step reports. `gradient_norm` is the global norm before clipping, penalty gradients included."""
+    """What a step reports.
+
+    `gradient_norm` is the global norm before clipping, penalty gradients included. When it is not finite, nothing was updated
+    and `was_skipped` is True.
+    """
 
     gradient_norm: float
     learning_rate: float
     was_clipped: bool
+    clip_factor: float = 1.0
+    was_skipped: bool = False
+    component_norms: dict[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):
     """One rank's view of a model in training. Every method is collective: all ranks call it in the same order."""
 
     module: LanguageModel
+    num_shard_copies: int
+    """How many ranks hold each shard: 1, or the number of ranks where nothing is sharded (ZeRO stage 0)."""
 
-    def forward_backward(self, batch: ModelInput, global_target_tokens: int) -> Tensor:
+    def forward_backward(
+        self, batch: ModelInput, global_target_tokens: float, target_loss: TargetLoss = cross_entropy
+    ) -> Tensor:
         """Backward of sum(nll) / global_target_tokens (over all ranks and micro-batches); returns this rank's sum(nll)."""
+        ...
+
+    def discard_gradients(self) -> None:
+        """Forget the gradients of this accumulation window, in place of `step`."""
         ...
 
     def param_shards(self, with_gradients: bool = True) -> list[ParamShard]:
@@ -55,8 +70,12 @@ class Engine(Protocol):
         """Write this engine's state into `folder` (weights, optimizer); the caller writes the manifest."""
         ...
 
+    def snapshot(self) -> tuple[dict[str, Tensor], str]:
+        """What `save` would write, copied to the CPU, for `shard_files.write_snapshot` to write later."""
+        ...
+
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote at the same world size."""
+        """Restore what `save` wrote, at any world size and ZeRO stage; bit for bit at the same ones."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,0 +1,171 @@
+"""DeepSpeedEngine: DeepSpeed's ZeRO behind the `Engine` protocol, with what it does silently made explicit.
+
+Unusual: the loss is scaled so that DeepSpeed's mean over ranks gives the gradient of sum(nll) / global_target_tokens, and its
+division by the accumulation count is switched off. The norm that it clips by is ours. State is saved by shards, in our own
+format; DeepSpeed's pickles are never written or read. The model is built whole on every rank's CPU and cut by DeepSpeed one
+parameter at a time (docs/decisions/0050).
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from torch import Tensor
+
+from hsmn_dist.config.optim import OptimConfig
+from hsmn_dist.config.training import TrainingConfig
+from hsmn_dist.distributed.shards import ParamShard
+from hsmn_dist.distributed.world import World
+from hsmn_dist.models.contract import LanguageModel, ModelInput, TargetLoss, cross_entropy
+from hsmn_dist.optim.build import build_optimizer
+from hsmn_dist.training.deepspeed_config import deepspeed_config
+from hsmn_dist.training.engine import StepStats
+from hsmn_dist.training.gradient_norms import gradient_norms
+from hsmn_dist.training.losses import NllModule, tensors_of
+from hsmn_dist.training.shard_files import read_into, snapshot, write_snapshot
+from hsmn_dist.training.whole_weights import gather_weights, scatter_weights
+from hsmn_dist.training.zero_shards import ModelFacts, ZeroShards
+
+
+class DeepSpeedEngine:
+    """See `Engine`. Every step takes exactly `accumulation_steps(training, world_size)` micro-batches."""
+
+    def __init__(
+        self,
+        training: TrainingConfig,
+        optim: OptimConfig,
+        model: LanguageModel,
+        world: World,
+        periods: Mapping[str, int],
+    ) -> None:
+        settings = deepspeed_config(training, world.world_size, "cuda" if world.device.type == "cuda" else "cpu")
+        _start_deepspeed(world)
+        self.module = model
+        self._device = world.device
+        self._world_size, self._rank = world.world_size, world.rank
+        self._stage = training.zero_stage
+        self._max_norm = training.max_gradient_norm
+        self._num_micro_batches = settings["gradient_accumulation_steps"]
+        self._index = 0
+        self.num_shard_copies = world.world_size if self._stage == 0 else 1
+        roles, components = model.parameter_roles(), model.parameter_components()
+        self._component_names = sorted(set(components.values()))
+        parameters = dict(model.named_parameters())
+        facts = ModelFacts(parameters, {name: tuple(p.shape) for name, p in parameters.items()}, roles, components)
+        self._names = list(parameters)
+        optimizer = build_optimizer(optim, parameters.items(), roles, periods)
+        self._nll = NllModule(model)
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=self._nll, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        self._shards = ZeroShards(self._engine, facts, self._stage)
+
+    def forward_backward(
+        self, batch: ModelInput, global_target_tokens: float, target_loss: TargetLoss = cross_entropy
+    ) -> Tensor:
+        """See Engine."""
+        self._engine.train()
+        self._nll.target_loss = target_loss
+        self._engine.set_gradient_accumulation_boundary(self._index == self._num_micro_batches - 1)
+        nll = self._engine(*tensors_of(batch.to(self._device)))
+        self._engine.backward(nll * (self._world_size / global_target_tokens), scale_wrt_gas=False)
+        self._index += 1
+        return nll.detach()  # type: ignore[no-any-return]
+
+    def param_shards(self, with_gradients: bool = True) -> list[ParamShard]:
+        """See Engine."""
+        is_boundary = self._index == self._num_micro_batches
+        return [slot.shard for slot in self._shards.slots(with_gradients and is_boundary)]
+
+    def step(self, learning_rate: float) -> StepStats:
+        """See Engine."""
+        assert self._index == self._num_micro_batches, f"{self._index} of {self._num_micro_batches} micro-batches done"
+        shards = self.param_shards()
+        norms = gradient_norms(shards, self._component_names, self.num_shard_copies)
+        factor = norms.clip_factor(self._max_norm)
+        if self._stage == 0:
+            if factor < 1.0:
+                for shard in shards:
+                    assert shard.gradient is not None
+                    shard.gradient.mul_(factor)
+            elif not norms.is_finite:
+                self._engine.zero_grad()  # torch optimizers leave a parameter without gradient alone
+        else:
+            self._shards.set_norm(norms.total)
+        for group in self._shards.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        self.discard_gradients()
+        return StepStats(norms.total, learning_rate, factor < 1.0, factor, not norms.is_finite, norms.by_component)
+
+    def discard_gradients(self) -> None:
+        """See Engine."""
+        self._shards.clear_gradients()
+        self._index = 0
+
+    def refresh(self) -> None:
+        """See Engine."""
+        self._shards.refresh()
+
+    @torch.no_grad()
+    def evaluate(self, batch: ModelInput) -> tuple[Tensor, Tensor]:
+        """See Engine."""
+        self._engine.eval()
+        self._nll.target_loss = cross_entropy
+        return self._nll(*tensors_of(batch.to(self._device))), batch.loss_mask.sum().to(self._device)
+
+    def save(self, folder: Path) -> None:
+        """See Engine."""
+        if self._rank < self._num_writers:
+            write_snapshot(folder, self._rank, *self.snapshot())
+
+    def snapshot(self) -> tuple[dict[str, Tensor], str]:
+        """See Engine."""
+        frozen = self._shards.frozen()
+        return snapshot(self._shards.slots(False), self._shards.optimizer, frozen if self._rank == 0 else {})
+
+    @property
+    def _num_writers(self) -> int:
+        return 1 if self.num_shard_copies > 1 else self._world_size
+
+    def load(self, folder: Path) -> None:
+        """See Engine."""
+        frozen = self._shards.frozen()
+        read_into(folder, self._shards.slots(False), self._shards.optimizer, frozen)
+        self._shards.set_frozen(frozen)
+        self.refresh()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See Engine."""
+        weights = gather_weights(self.param_shards(False), self.num_shard_copies)
+        weights |= {name: value.cpu() for name, value in self._shards.frozen().items()}
+        return {name: weights[name] for name in self._names}
+
+    def load_weights(self, weights: Mapping[str, Any]) -> None:
+        """See Engine."""
+        frozen = self._shards.frozen()
+        scatter_weights(self.param_shards(False), weights, frozen)
+        self._shards.set_frozen(frozen)
+        self.refresh()
+
+    def close(self) -> None:
+        """See Engine."""
+        self._engine.destroy()
+
+
+def _start_deepspeed(world: World) -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 calls deprecated, once a bucket.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+    world.join()
+    # Otherwise the first start compiles a shared-memory all-reduce for minutes; gloo does without it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

@@ -1,0 +1,203 @@
+"""An engine's state on disk: per parameter shard its fp32 master value and its optimizer state, in safetensors.
+
+Unusual: the format knows flat ranges and nothing of ZeRO, so what 2 ranks saved at stage 3 can be read by 1 or 4 ranks at any
+stage, and by the one-process engine; at the same world size the state comes back bit for bit. Nothing is pickled. Each rank
+writes `rank_NNNNN.safetensors`; the checkpoint's manifest (hashes, written last) is the caller's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hsmn_dist.distributed.shards import ParamShard
+from hsmn_dist.foundation.errors import CheckpointError
+from hsmn_dist.foundation.param_role import ParamRole
+
+VALUE = "value"
+FORMAT = 1
+_ACTION = "use the configuration that the checkpoint was written with, or start the stage anew"
+
+
+@dataclass
+class ShardSlot:
+    """A shard and where its optimizer state lives.
+
+    Attributes:
+        shard: name, range and fp32 value.
+        flat: the tensor that the optimizer holds; several shards may share it.
+        offset: where the shard starts in `flat`.
+    """
+
+    shard: ParamShard
+    flat: Tensor
+    offset: int
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """This shard's range of a state tensor of `flat`'s size (a view)."""
+        return tensor.view(-1).narrow(0, self.offset, self.shard.num_elements)
+
+
+def shard_file(folder: Path, rank: int) -> Path:
+    """Where a rank writes."""
+    return folder / f"rank_{rank:05d}.safetensors"
+
+
+def snapshot(
+    slots: Sequence[ShardSlot], optimizer: torch.optim.Optimizer, frozen: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], str]:
+    """Copies of every shard's value and state on the CPU, and the header that describes them.
+
+    `frozen` are whole parameters without optimizer state; one rank gives them, the others give none.
+
+    The copies stay as they are while training goes on, so a slow disk can be served from another thread.
+    """
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, Any] = {}
+    for slot in slots:
+        shard = slot.shard
+        if not shard.num_elements:
+            continue
+        scalars: dict[str, Any] = {}
+        tensors[f"{VALUE}:{shard.name}"] = _copy(shard.value)
+        for key, entry in optimizer.state.get(slot.flat, {}).items():
+            if isinstance(entry, Tensor) and entry.dim() > 0:
+                tensors[f"{key}:{shard.name}"] = _copy(slot.cut(entry))
+            elif isinstance(entry, Tensor):
+                scalars[key] = {"value": entry.item(), "dtype": str(entry.dtype).removeprefix("torch.")}
+            else:
+                scalars[key] = {"value": entry, "dtype": ""}
+        entries[shard.name] = {"start": shard.start, "stop": shard.stop, "shape": shard.shape, "scalars": scalars}
+    for name, tensor in frozen.items():
+        tensors[f"{VALUE}:{name}"] = _copy(tensor.float().view(-1))
+        entries[name] = {"start": 0, "stop": tensor.numel(), "shape": tuple(tensor.shape), "scalars": {}}
+    return tensors, json.dumps({"format": FORMAT, "shards": entries})
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def write_snapshot(folder: Path, rank: int, tensors: dict[str, Tensor], header: str) -> None:
+    """Write what `snapshot` took."""
+    save_file(tensors, shard_file(folder, rank), metadata={"hsmn_dist": header})
+
+
+@dataclass
+class _Piece:
+    start: int
+    stop: int
+    file: Any
+    scalars: dict[str, Any]
+    shape: tuple[int, ...]
+
+
+def read_into(
+    folder: Path, slots: Sequence[ShardSlot], optimizer: torch.optim.Optimizer, frozen: Mapping[str, Tensor]
+) -> None:
+    """Fill the shards, the optimizer's state and whole `frozen` tensors from a folder that any number of ranks wrote.
+
+    Raises:
+        CheckpointError: a parameter is missing, has another shape, or its ranges leave a gap.
+    """
+    pieces = _open(folder)
+    slots = [*slots, *(_frozen_slot(name, tensor) for name, tensor in frozen.items())]
+    wanted = {slot.shard.name for slot in slots}
+    if unknown := sorted(set(pieces) - wanted):
+        raise CheckpointError(
+            f"{folder}: holds parameters that the model has not: {unknown[:5]}",
+            allowed="the parameters of the model in training",
+            action=_ACTION,
+        )
+    states: dict[int, dict[str, Any]] = {}
+    flats: dict[int, Tensor] = {id(slot.flat): slot.flat for slot in slots}
+    for slot in slots:
+        if slot.shard.name not in pieces:
+            raise CheckpointError(
+                f"{folder}: has no parameter {slot.shard.name}",
+                allowed="the parameters of the model in training",
+                action=_ACTION,
+            )
+        _fill(folder, slot, pieces[slot.shard.name], states.setdefault(id(slot.flat), {}))
+    for key, flat in flats.items():
+        optimizer.state.pop(flat, None)
+        if states[key]:
+            optimizer.state[flat] = states[key]
+
+
+def _frozen_slot(name: str, tensor: Tensor) -> ShardSlot:
+    flat = tensor.view(-1)
+    return ShardSlot(ParamShard(name, ParamRole.VECTOR, "", tuple(tensor.shape), 0, tensor.numel(), flat), flat, 0)
+
+
+def _open(folder: Path) -> dict[str, list[_Piece]]:
+    paths = sorted(folder.glob("rank_*.safetensors"))
+    if not paths:
+        raise CheckpointError(
+            f"{folder}: no rank_*.safetensors", allowed="a checkpoint's engine folder", action="use another checkpoint"
+        )
+    pieces: dict[str, list[_Piece]] = {}
+    for path in paths:
+        try:
+            file = safetensors.safe_open(path, framework="pt")
+            header = json.loads(file.metadata()["hsmn_dist"])
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: not a shard file ({error})",
+                allowed="a file written whole by this program",
+                action="use an older complete checkpoint",
+            ) from error
+        if header["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path}: format {header['format']}", allowed=f"format {FORMAT}", action="use the version that wrote it"
+            )
+        for name, entry in header["shards"].items():
+            piece = _Piece(entry["start"], entry["stop"], file, entry["scalars"], tuple(entry["shape"]))
+            pieces.setdefault(name, []).append(piece)
+    return pieces
+
+
+def _fill(folder: Path, slot: ShardSlot, pieces: list[_Piece], state: dict[str, Any]) -> None:
+    shard, covered = slot.shard, 0
+    if tuple(shard.shape) != pieces[0].shape:
+        raise CheckpointError(
+            f"{folder}: {shard.name} is {list(pieces[0].shape)} there and {list(shard.shape)} in the model",
+            allowed="equal shapes",
+            action=_ACTION,
+        )
+    for key, scalar in pieces[0].scalars.items():
+        dtype = getattr(torch, scalar["dtype"]) if scalar["dtype"] else None
+        state[key] = torch.tensor(scalar["value"], dtype=dtype) if dtype else scalar["value"]
+    for piece in pieces:
+        start, stop = max(piece.start, shard.start), min(piece.stop, shard.stop)
+        if start >= stop:
+            continue
+        covered += stop - start
+        for key in piece.file.keys():  # noqa: SIM118  (not a dict)
+            kind, name = key.split(":", 1)
+            if name != shard.name:
+                continue
+            part = piece.file.get_slice(key)[start - piece.start : stop - piece.start]
+            _target(slot, kind, state).narrow(0, start - shard.start, stop - start).copy_(part)
+    if covered != shard.num_elements:
+        raise CheckpointError(
+            f"{folder}: {covered} of {shard.num_elements} elements of {shard.name} [{shard.start}:{shard.stop}] are there",
+            allowed="every element exactly once",
+            action="use an older complete checkpoint",
+        )
+
+
+def _target(slot: ShardSlot, kind: str, state: dict[str, Any]) -> Tensor:
+    if kind == VALUE:
+        return slot.shard.value
+    if kind not in state:
+        state[kind] = torch.zeros_like(slot.flat, requires_grad=False)
+    return slot.cut(state[kind])
