@@ -48,6 +48,22 @@ class HsmnConfig(Section):
         128, ge=1, description="Target tokens per decoder window; keys and values of earlier windows are cached."
     )
     max_target_tokens: int = Field(4096, ge=1, description="Positions of the decoder's position table.")
+    attention_span_tokens: int = Field(
+        0,
+        ge=0,
+        description="Earlier target tokens (itself included) that a target token attends to; 0 for all of them. With a "
+        "span, time and memory per generated token stay constant.",
+    )
+    encoder_group_chunks: int = Field(
+        0,
+        ge=0,
+        description="Chunks encoded at a time, recomputed in the backward pass; 0 encodes all at once. 64 keeps the "
+        "memory of very long contexts small for about a third more encoder time.",
+    )
+    activation: Literal["relu", "gelu", "silu"] = Field("relu", description="Feed-forward activation.")
+    norm_placement: Literal["pre", "post"] = Field(
+        "pre", description="Norms in front of each sublayer, or behind it as in the original (which needs warm-up)."
+    )
     encoder_dropout: float = Field(0.1, ge=0.0, lt=1.0, description="Dropout of the ChunkEncoder.")
     decoder_dropout: float = Field(0.3, ge=0.0, lt=1.0, description="Dropout of the ReasoningModule.")
     uses_level_embedding: bool = Field(

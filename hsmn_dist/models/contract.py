@@ -89,6 +89,15 @@ class LanguageModel(nn.Module, abc.ABC):
 
     vocab_size: int
 
+    @property
+    def gathered_whole(self) -> tuple[type[nn.Module], ...]:
+        """Module classes whose inner modules run a number of times that depends on the batch.
+
+        Ranks would disagree about the order of ZeRO-3's gathers: pass these classes to
+        `deepspeed.utils.set_z3_leaf_modules`, so that each is gathered once, as a whole.
+        """
+        return ()
+
     @abc.abstractmethod
     def forward(self, inputs: ModelInput, state: Any = None, target_loss: TargetLoss | None = None) -> ModelOutput:
         """Logits of every target position, or the losses of the scored ones when `target_loss` is given."""

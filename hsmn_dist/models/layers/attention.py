@@ -21,7 +21,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 
     Args:
         query: [B, H, T, K].
-        key, value: [B, H, N, K].
+        key: [B, H, N, K].
+        value: [B, H, N, K].
         mask: bool, broadcastable to [B, H, T, N], True where attention is allowed; None allows everything.
         is_causal: query t sees keys 0..t (only with equal lengths and without `mask`).
 

@@ -1,0 +1,132 @@
+"""ReasoningDecoder: causal self-attention over the target, cross-attention to the memory nodes, feed-forward.
+
+Unusual: a long target may be read in windows with cached keys and values; positions run on through all windows (the
+original restarted them), and the result equals the single pass. Source: HSMN paper, ReasoningModule; models.md 1.6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hsmn_dist.models.layers.attention import Attention
+from hsmn_dist.models.layers.feed_forward import Activation, FeedForward
+from hsmn_dist.models.layers.kv_cache import LayerCache
+from hsmn_dist.models.layers.norms import build_norm
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass
+class DecoderState:
+    """What the decoder remembers between windows or tokens.
+
+    Attributes:
+        caches: self-attention keys and values, one for each layer.
+        memory: cross-attention keys and values of the memory nodes, one pair for each layer.
+        memory_mask: [B, 1, 1, N] bool.
+        num_tokens: target positions read so far.
+        extras: states of the blocks' additional memories (hybrid), one for each layer.
+    """
+
+    caches: list[LayerCache]
+    memory: list[KeysValues]
+    memory_mask: Tensor
+    num_tokens: int = 0
+    extras: list = field(default_factory=list)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch that this state belongs to."""
+        return self.memory_mask.shape[0]
+
+    def fork(self) -> DecoderState:
+        """An independent copy, to go on in two ways."""
+        caches = [cache.fork() for cache in self.caches]
+        return DecoderState(caches, self.memory, self.memory_mask, self.num_tokens, list(self.extras))
+
+
+class ReasoningBlock(nn.Module):
+    """Three sublayers, each with a residual; norms in front ("pre") or behind ("post", the original)."""
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        d_feed_forward: int,
+        dropout: float,
+        activation: Activation = "relu",
+        is_pre_norm: bool = True,
+        span: int = 0,
+    ) -> None:
+        super().__init__()
+        self.self_norm = build_norm(d_model)
+        self.self_attention = Attention(d_model, num_heads)
+        self.cross_norm = build_norm(d_model)
+        self.cross_attention = Attention(d_model, num_heads)
+        self.feed_forward_norm = build_norm(d_model)
+        self.feed_forward = FeedForward(d_model, d_feed_forward, activation, dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.is_pre_norm = is_pre_norm
+        self.span = span
+
+    def forward(self, x: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
+        """From x [B, T, D], memory [B, N, D] and memory_mask [B, 1, 1, N] to [B, T, D]."""
+        return self._run(x, self.cross_attention.keys_values(memory), memory_mask, None)
+
+    def extend(self, x: Tensor, memory: KeysValues, memory_mask: Tensor, cache: LayerCache) -> Tensor:
+        """New target positions x [B, T, D] behind those in `cache`, over prepared memory keys and values."""
+        return self._run(x, memory, memory_mask, cache)
+
+    def _run(self, x: Tensor, memory: KeysValues, memory_mask: Tensor, cache: LayerCache | None) -> Tensor:
+        if self.is_pre_norm:
+            x = x + self.dropout(self._attend(self.self_norm(x), cache))
+            x = x + self.dropout(self.cross_attention.read(self.cross_norm(x), memory, memory_mask))
+            return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        x = self.self_norm(x + self.dropout(self._attend(x, cache)))
+        x = self.cross_norm(x + self.dropout(self.cross_attention.read(x, memory, memory_mask)))
+        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+
+    def _attend(self, x: Tensor, cache: LayerCache | None) -> Tensor:
+        return self.self_attention(x, is_causal=True, cache=cache, span=self.span)
+
+
+class ReasoningDecoder(nn.Module):
+    """A stack of reasoning blocks over embedded target tokens."""
+
+    def __init__(self, blocks: list[ReasoningBlock], d_model: int, max_target_tokens: int, dropout: float) -> None:
+        super().__init__()
+        self.position_embedding = nn.Embedding(max_target_tokens, d_model)
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm = build_norm(d_model) if blocks[0].is_pre_norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.max_target_tokens = max_target_tokens
+
+    def _embed(self, embedded: Tensor, first_position: int) -> Tensor:
+        positions = torch.arange(first_position, first_position + embedded.shape[1], device=embedded.device)
+        return self.dropout(embedded + self.position_embedding(positions.expand(embedded.shape[0], -1)))
+
+    def forward(self, embedded: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
+        """Embedded shifted targets [B, T, D], memory [B, N, D], its mask [B, 1, 1, N] -> hidden [B, T, D]."""
+        x = self._embed(embedded, 0)
+        for block in self.blocks:
+            x = block(x, memory, memory_mask)
+        return self.final_norm(x)
+
+    def start(self, memory: Tensor, memory_mask: Tensor) -> DecoderState:
+        """A state before the first target token, with each layer's keys and values of the memory prepared once."""
+        caches = [LayerCache(block.span) for block in self.blocks]
+        prepared = [block.cross_attention.keys_values(memory) for block in self.blocks]
+        return DecoderState(caches, prepared, memory_mask)
+
+    def extend(self, embedded: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """Read a further window [B, T, D]; hidden [B, T, D] and the new state (the old one must not be used again)."""
+        x = self._embed(embedded, state.num_tokens)
+        for block, cache, memory in zip(self.blocks, state.caches, state.memory, strict=True):
+            x = block.extend(x, memory, state.memory_mask, cache)
+        state = DecoderState(
+            state.caches, state.memory, state.memory_mask, state.num_tokens + embedded.shape[1], state.extras
+        )
+        return self.final_norm(x), state
