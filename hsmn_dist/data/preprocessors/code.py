@@ -32,7 +32,7 @@ from hsmn_dist.data.preprocessors.base import (
     text,
     text_list,
 )
-from hsmn_dist.data.preprocessors.wording import instruction_context
+from hsmn_dist.data.preprocessors.wording import FUNCTION_REQUEST, PROGRAM_REQUEST, TESTS_REQUEST, instruction_context
 
 PYTHON_3 = 3  # deepmind/code_contests: 0 unknown, 1 Python 2, 2 C++, 3 Python 3, 4 Java
 
@@ -149,7 +149,7 @@ def mbpp(row: Row) -> Example:
     task_id = str(column(row, "task_id"))
     shown = "\n".join(tests)
     return Example(
-        context=f"{instruction.strip()}\nYour code should pass these tests:\n{shown}\nCode:\n",
+        context=f"{instruction.strip()}\n{TESTS_REQUEST}\n{shown}\nCode:\n",
         target=code,
         task="code",
         id=task_id,
@@ -221,10 +221,10 @@ def apps(row: Row) -> Example:
             function_test(entry_point, list(given), wanted)
             for given, wanted in zip(io["inputs"], io["outputs"], strict=False)
         ]
-        how = "Complete this function:"
+        how = FUNCTION_REQUEST
     else:
         tests = stdin_tests(io["inputs"], io["outputs"])
-        how = "Write a Python program that reads standard input and writes standard output."
+        how = PROGRAM_REQUEST
     asked = f"{how}\n{starter.rstrip()}\n" if starter.strip() else f"{how}\n"
     problem_id = str(column(row, "problem_id"))
     return Example(
@@ -265,10 +265,7 @@ def codecontests(row: Row) -> Example:
     if not any(groups):
         raise UnusableRow("no tests")
     return Example(
-        context=(
-            f"{description.strip()}\n\n"
-            "Write a Python program that reads standard input and writes standard output.\nCode:\n"
-        ),
+        context=(f"{description.strip()}\n\n{PROGRAM_REQUEST}\nCode:\n"),
         target=python[0].replace("\r\n", "\n").strip("\n"),
         task="code",
         id=digest(name, description),

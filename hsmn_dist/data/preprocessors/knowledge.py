@@ -31,7 +31,7 @@ from hsmn_dist.data.preprocessors.base import (
     text_list,
     wrong_type,
 )
-from hsmn_dist.data.preprocessors.wording import question_context
+from hsmn_dist.data.preprocessors.wording import NO_PICTURE, question_context
 
 
 def shuffled(right: str, wrong: list[str], seed_text: str) -> tuple[list[str], int]:
@@ -118,7 +118,7 @@ def stem(row: Row) -> Example:
     if gold >= len(choices) or not choices[gold].strip():
         raise UnusableRow("the answer is none of the choices")
     has_picture = bool(column(row, "pic_prob"))
-    shown = f"[a picture that is not shown] {problem.strip()}" if has_picture else problem
+    shown = f"{NO_PICTURE} {problem.strip()}" if has_picture else problem
     return Example(
         context=question_context(shown, choices),
         target=choices[gold],

@@ -13,6 +13,16 @@ from collections.abc import Sequence
 from hsmn_dist.data.example import Task
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+PROGRAM_REQUEST = "Write a Python program that reads standard input and writes standard output."
+FUNCTION_REQUEST = "Complete this function:"
+TESTS_REQUEST = "Your code should pass these tests:"
+NO_PICTURE = "[a picture that is not shown]"
+
+_LABEL = re.compile(
+    r"^(?:Subject|Passage|Question|Answer|Problem|Solution|Instruction|Input|Response|Code|Persona|User|Assistant|[A-Z]\.)"
+    r"(?:: |:$|(?<=\.) )",
+    re.MULTILINE,
+)
 
 _LANGUAGE = r"(?:python|java|javascript|typescript|c\+\+|c#|sql|html|css|php|ruby|rust|golang|bash|perl|kotlin|matlab)"
 _CODE_WORDS = re.compile(
@@ -28,6 +38,13 @@ _CODE_WORDS = re.compile(
 _NOT_CODE = re.compile(
     r"\b(?:bar|zip|area|dress|morse|postal|penal|qr|promo|building|discount|secret|colou?r) ?codes?\b", re.IGNORECASE
 )
+
+
+def without_wording(context: str) -> str:
+    """A context without the labels and fixed sentences of this file, so that what is left is the dataset's own text."""
+    for sentence in (PROGRAM_REQUEST, FUNCTION_REQUEST, TESTS_REQUEST, NO_PICTURE):
+        context = context.replace(sentence, "")
+    return _LABEL.sub("", context).strip()
 
 
 def question_context(question: str, choices: Sequence[str] = (), passage: str = "", subject: str = "") -> str:
