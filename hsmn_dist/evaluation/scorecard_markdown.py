@@ -1,0 +1,94 @@
+"""The scorecard as Markdown: what a terminal and a repository page show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hsmn_dist.evaluation import scorecard_text as words
+from hsmn_dist.evaluation.scorecard import Scorecard
+from hsmn_dist.foundation.units import format_count, format_seconds
+
+
+def scorecard_markdown(card: Scorecard) -> str:
+    """The whole page."""
+    parts = [f"# Scorecard of {card.run.get('run_id', 'a run')}", _table(("", ""), words.run_rows(card))]
+    parts += ["## Tasks after the last stage", _final_table(card)]
+    parts += [
+        "## Score of every task after every stage (percent)",
+        _matrix(card, card.score_matrix, card.baseline_scores),
+    ]
+    parts += ["## Loss of every task after every stage (nats per target token)"]
+    parts += [_matrix(card, card.loss_matrix, card.baseline_losses, is_loss=True)]
+    parts += ["## Transfer", _table(("", "by score (points)", "by loss (nats)"), words.transfer_rows(card))]
+    parts += [
+        "Differences: higher is better; forgetting: lower is better. Brackets are 95 percent intervals over examples."
+    ]
+    parts += ["## Training", _stage_table(card)]
+    if card.references:
+        parts += ["## Other models", _reference_table(card)]
+    rows = [(task, words.contamination_text(entry)) for task, entry in card.contamination.items()]
+    parts += ["## Test examples found in training data", _table(("task", "found"), rows)]
+    parts += ["## Cost", _table(("", ""), words.cost_rows(card))]
+    if card.reproduce:
+        parts += ["## How to get these numbers again", "```\n" + "\n".join(card.reproduce) + "\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _final_table(card: Scorecard) -> str:
+    rows = []
+    for task in card.tasks:
+        result = card.final(task)
+        if result is None:
+            rows.append((task, words.NOT_MEASURED, "", "", "", ""))
+            continue
+        extra = ", ".join(f"{name} {100 * value:.1f}" for name, value in result["extra"].items())
+        loss = words.nats(result["nll_per_token"])
+        rows.append((task, result["metric"], words.with_interval(result), extra, loss, words.conditions_text(result)))
+    return _table(("task", "metric", "score (percent)", "also", "loss (nats)", "conditions"), rows)
+
+
+def _matrix(
+    card: Scorecard, matrix: Sequence[Sequence[float | None]], baseline: Sequence[float | None], is_loss: bool = False
+) -> str:
+    show = words.nats if is_loss else words.percent
+    rows = []
+    if any(value is not None for value in baseline):
+        rows.append(("before training", *map(show, baseline)))
+    rows += [(f"after {stage.name}", *map(show, row)) for stage, row in zip(card.stages, matrix, strict=True)]
+    return _table(("", *card.tasks), rows)
+
+
+def _stage_table(card: Scorecard) -> str:
+    rows = [
+        (
+            stage.name,
+            words.NOT_MEASURED if stage.steps is None else str(stage.steps),
+            words.NOT_MEASURED if stage.target_tokens is None else format_count(stage.target_tokens),
+            words.NOT_MEASURED if stage.seconds is None else format_seconds(stage.seconds),
+            words.nats(stage.first_validation_loss),
+            words.nats(stage.best_validation_loss),
+        )
+        for stage in card.stages
+    ]
+    return _table(("stage", "steps", "target tokens", "time", "first validation loss", "best validation loss"), rows)
+
+
+def _reference_table(card: Scorecard) -> str:
+    rows = [
+        (
+            str(row.get("benchmark")),
+            str(row.get("model")),
+            words.NOT_MEASURED if row.get("score") is None else f"{row['score']:g}",
+            f"{row.get('metric', '')}; {row.get('split', '')}; {row.get('shots', '?')} shots",
+            words.reference_note(row),
+        )
+        for row in card.references
+    ]
+    return _table(("benchmark", "model", "score", "conditions", "status and source"), rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
