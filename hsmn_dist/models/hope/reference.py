@@ -6,6 +6,8 @@ Equation numbers are those of models.md section 2 and of arXiv 2512.24695 as rea
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -47,4 +49,111 @@ def decayed_read_steps(
         seen = memory if reads_after_write else before
         # o_t = sum_m g_m(x_t) S_m[t]^T q_t
         reads.append(torch.stack([gains[t, m] * (seen[m].mT @ query[t]) for m in range(len(taus))]).sum(0))
+    return torch.stack(reads), memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One neural memory of one head: M(z) = skip(z) + W1 gelu(W2 z), or skip alone.
+
+    w1 [o, h] and w2 [h, K] are None for a matrix memory; skip [o, K] is None for the identity.
+    """
+
+    w1: Tensor | None
+    w2: Tensor | None
+    skip: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        """The weights that are there."""
+        return [w for w in (self.w1, self.w2, self.skip) if w is not None]
+
+    def with_tensors(self, tensors: list[Tensor]) -> Memory:
+        """The same kind of memory with other weights."""
+        rest = iter(tensors)
+        return replace(self, **{n: next(rest) for n in ("w1", "w2", "skip") if getattr(self, n) is not None})
+
+
+def recall(memory: Memory, z: Tensor) -> Tensor:
+    """M(z): [K] -> [o]."""
+    through = z if memory.skip is None else memory.skip @ z
+    if memory.w1 is None or memory.w2 is None:
+        return through
+    return through + memory.w1 @ torch.nn.functional.gelu(memory.w2 @ z)
+
+
+def inner_loss(memory: Memory, key: Tensor, target: Tensor, objective: str) -> Tensor:
+    """L of models.md 2.4: dot, half_l2 or l2."""
+    found = recall(memory, key)
+    if objective == "dot":
+        return -(found * target).sum()
+    return ((found - target) ** 2).sum() * (1.0 if objective == "l2" else 0.5)
+
+
+def inner_gradient(memory: Memory, key: Tensor, target: Tensor, objective: str) -> list[Tensor]:
+    """dL/dM with the target held fixed; differentiable in everything (the target too)."""
+
+    def loss(tensors: list[Tensor]) -> Tensor:
+        return inner_loss(memory.with_tensors(tensors), key, target, objective)
+
+    return torch.func.grad(loss)(memory.tensors())
+
+
+def titans_steps(
+    start: Memory,
+    now: Memory,
+    momentum: list[Tensor] | None,
+    tokens: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]],
+    *,
+    objective: str,
+    uses_delta: bool,
+    beta: float,
+    gradient_at_start: bool,
+) -> tuple[Tensor, Memory, list[Tensor]]:
+    """Token loop of one memory over one chunk (arXiv 2512.24695, equations 88 to 93, with decision 0021's corrections).
+
+    Args:
+        start: weights at the chunk's start.
+        now: weights at the first token.
+        momentum: S before the first token, one tensor per weight; None for zeros.
+        tokens: (key [K], value [K], rate, retention, query [K]) per token.
+        objective: see `inner_loss`.
+        uses_delta: the factor alpha I - eta k k^T (else alpha alone).
+        beta: momentum.
+        gradient_at_start: gradients and targets at `start` (chunk form) or gradients at the current weights.
+
+    Returns:
+        Reads M_(t-1)(q_t) [C, o], the last weights, and the last momentum.
+    """
+    buffer = [torch.zeros_like(w) for w in now.tensors()] if momentum is None else momentum
+    reads = []
+    for key, value, rate, retention, query in tokens:
+        reads.append(recall(now, query))  # o_t = M_(t-1)(q_t)
+        target = recall(start, value)  # vhat_t = M(v_t), the memory's own answer
+        gradient = inner_gradient(start if gradient_at_start else now, key, target, objective)
+        buffer = [beta * s + g for s, g in zip(buffer, gradient, strict=True)]  # S_t = beta S_(t-1) + grad
+        right = retention * torch.eye(len(key), dtype=key.dtype)
+        if uses_delta:
+            right = right - rate * torch.outer(key, key)  # alpha_t I - eta_t k_t k_t^T
+        decayed = Memory(
+            None if now.w1 is None else retention * now.w1,
+            None if now.w2 is None else now.w2 @ right,
+            None if now.skip is None else now.skip @ right,
+        )
+        now = now.with_tensors([w - rate * s for w, s in zip(decayed.tensors(), buffer, strict=True)])
+    return torch.stack(reads), now, buffer
+
+
+def gated_delta_steps(
+    key: Tensor, value: Tensor, query: Tensor, rate: Tensor, retention: Tensor, memory: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gated delta rule (arXiv 2412.06464, equation 10): M <- M alpha (I - beta k k^T) + beta v k^T with beta = eta / alpha.
+
+    Written with the house's signs M (alpha I - eta k k^T) + eta v k^T; reads [T, J] come before the write. Shapes:
+    key, query [T, K], value [T, J], rate, retention [T], memory [J, K].
+    """
+    reads = []
+    for t in range(len(key)):
+        reads.append(memory @ query[t])
+        erased = retention[t] * memory - rate[t] * torch.outer(memory @ key[t], key[t])
+        memory = erased + rate[t] * torch.outer(value[t], key[t])
     return torch.stack(reads), memory
