@@ -88,6 +88,12 @@ class LanguageModel(nn.Module, abc.ABC):
     """A family's model: mathematics on one device. No Parameter is written inside `forward`."""
 
     vocab_size: int
+    max_target_tokens: int | None = None
+    """Longest target that the model can take; None for no bound."""
+
+    def forward_windows(self, inputs: ModelInput, target_loss: TargetLoss | None = None) -> ModelOutput:
+        """As `forward`, for scoring on one process: a family may read a long target in windows. Equal results."""
+        return self.forward(inputs, target_loss=target_loss)
 
     @property
     def gathered_whole(self) -> tuple[type[nn.Module], ...]:

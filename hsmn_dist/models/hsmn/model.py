@@ -68,6 +68,7 @@ class HsmnModel(LanguageModel):
         super().__init__()
         self.config = config
         self.vocab_size = config.vocab_size
+        self.max_target_tokens = config.max_target_tokens
         width, is_pre_norm = config.d_model, config.norm_placement == "pre"
         self.chunker = StreamingChunker(config.chunk_size, config.chunk_stride, config.min_chunks, config.pad_id)
         self.context_embedding = nn.Embedding(config.vocab_size, width)
@@ -137,7 +138,7 @@ class HsmnModel(LanguageModel):
 
     def init_weights(self) -> None:
         """Draw every parameter anew (see `initial_weights`)."""
-        draw_weights(self)
+        draw_weights(self, self.context_embedding, self.target_embedding, self.head)
 
     # Context to memory.
 

@@ -7,6 +7,7 @@ original restarted them), and the result equals the single pass. Source: HSMN pa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,11 @@ class ReasoningDecoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.max_target_tokens = max_target_tokens
 
+    @property
+    def stack(self) -> list[ReasoningBlock]:
+        """The blocks in order, as what they are."""
+        return cast(list[ReasoningBlock], list(self.blocks))
+
     def _embed(self, embedded: Tensor, first_position: int) -> Tensor:
         positions = torch.arange(first_position, first_position + embedded.shape[1], device=embedded.device)
         return self.dropout(embedded + self.position_embedding(positions.expand(embedded.shape[0], -1)))
@@ -117,14 +123,14 @@ class ReasoningDecoder(nn.Module):
 
     def start(self, memory: Tensor, memory_mask: Tensor) -> DecoderState:
         """A state before the first target token, with each layer's keys and values of the memory prepared once."""
-        caches = [LayerCache(block.span) for block in self.blocks]
-        prepared = [block.cross_attention.keys_values(memory) for block in self.blocks]
+        caches = [LayerCache(block.span) for block in self.stack]
+        prepared = [block.cross_attention.keys_values(memory) for block in self.stack]
         return DecoderState(caches, prepared, memory_mask)
 
     def extend(self, embedded: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Read a further window [B, T, D]; hidden [B, T, D] and the new state (the old one must not be used again)."""
         x = self._embed(embedded, state.num_tokens)
-        for block, cache, memory in zip(self.blocks, state.caches, state.memory, strict=True):
+        for block, cache, memory in zip(self.stack, state.caches, state.memory, strict=True):
             x = block.extend(x, memory, state.memory_mask, cache)
         state = DecoderState(
             state.caches, state.memory, state.memory_mask, state.num_tokens + embedded.shape[1], state.extras
