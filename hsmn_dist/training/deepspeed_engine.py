@@ -121,6 +121,12 @@ class DeepSpeedEngine:
         self._nll.target_loss = cross_entropy
         return self._nll(*tensors_of(batch.to(self._device))), batch.loss_mask.sum().to(self._device)
 
+    def nll(self, batch: ModelInput, target_loss: TargetLoss = cross_entropy) -> Tensor:
+        """See Engine."""
+        self._engine.eval()
+        self._nll.target_loss = target_loss
+        return self._nll(*tensors_of(batch.to(self._device)))  # type: ignore[no-any-return]
+
     def save(self, folder: Path) -> None:
         """See Engine."""
         if self._rank < self._num_writers:

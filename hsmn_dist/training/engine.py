@@ -66,6 +66,12 @@ class Engine(Protocol):
         """Without gradients, dropout off: (sum of nll, number of scored tokens) of this rank's batch."""
         ...
 
+    def nll(self, batch: ModelInput, target_loss: TargetLoss = cross_entropy) -> Tensor:
+        """Sum of this rank's losses with its graph, dropout off. For `torch.autograd.grad` alone, which leaves what the
+        engine accumulates untouched.
+        """
+        ...
+
     def save(self, folder: Path) -> None:
         """Write this engine's state into `folder` (weights, optimizer); the caller writes the manifest."""
         ...

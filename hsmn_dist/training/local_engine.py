@@ -120,6 +120,12 @@ class LocalEngine:
         self._nll.target_loss = cross_entropy
         return self._nll(*tensors_of(batch.to(self._device))), batch.loss_mask.sum()
 
+    def nll(self, batch: ModelInput, target_loss: TargetLoss = cross_entropy) -> Tensor:
+        """See Engine."""
+        self.module.eval()
+        self._nll.target_loss = target_loss
+        return self._nll(*tensors_of(batch.to(self._device)))  # type: ignore[no-any-return]
+
     def save(self, folder: Path) -> None:
         """See Engine."""
         write_snapshot(folder, 0, *self.snapshot())
