@@ -26,6 +26,13 @@ class FisherConfig(Section):
         "mean", description="An example's log-likelihood is the mean or the sum over its valid target tokens."
     )
     seed: int = Field(0, description="Seed of sampled labels and of the choice of examples.")
+    checks_fast_path: bool = Field(
+        True,
+        description="Compute the first micro-batch also with one backward pass per example; a difference switches to it.",
+    )
+    save_every_batches: int = Field(
+        0, ge=0, description="Micro-batches between two saves of an unfinished Fisher, so that it can resume; 0: never."
+    )
 
 
 class ContinualConfig(Section):

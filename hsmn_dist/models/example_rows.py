@@ -6,22 +6,36 @@ positions of all examples), it says whose rows these are:
     with example_rows(chunk_example):      # [num_chunks] int64
         encoded = self.encoder(chunks)     # [num_chunks, S, D]
 
-A Parameter that is used outside a Linear, Embedding or norm goes through `per_example(parameter, B)`, which is a plain
-`expand` unless somebody listens. Both cost nothing in training and change no number.
+A Parameter that is used outside a Linear, Embedding or norm goes through `per_example(parameter, B)`, a table that also
+serves as the head through `tied_linear`. Both are the plain operation unless somebody listens: they cost nothing in training
+and change no number.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Protocol
 
 from torch import Tensor
+from torch.nn import functional
 
-Expander = Callable[[Tensor, int], Tensor]
+
+class Listener(Protocol):
+    """Whoever wants to know how parameters are used outside their own modules."""
+
+    def expand(self, parameter: Tensor, num_examples: int) -> Tensor:
+        """`per_example`, watched."""
+        ...
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`tied_linear`, watched."""
+        ...
+
 
 _ROWS: ContextVar[Tensor | None] = ContextVar("example_rows", default=None)
-_EXPANDER: ContextVar[Expander | None] = ContextVar("per_example_expander", default=None)
+_LISTENER: ContextVar[Listener | None] = ContextVar("example_rows_listener", default=None)
 
 
 @contextlib.contextmanager
@@ -41,17 +55,23 @@ def current_rows() -> Tensor | None:
 
 def per_example(parameter: Tensor, num_examples: int) -> Tensor:
     """A parameter [*shape] as one copy per example, [num_examples, *shape] (a view, no memory)."""
-    expander = _EXPANDER.get()
-    if expander is not None:
-        return expander(parameter, num_examples)
+    listener = _LISTENER.get()
+    if listener is not None:
+        return listener.expand(parameter, num_examples)
     return parameter.expand(num_examples, *parameter.shape)
 
 
+def tied_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """X W^T for a weight [out, in] that belongs to another module (a token table used as the head)."""
+    listener = _LISTENER.get()
+    return functional.linear(x, weight) if listener is None else listener.linear(x, weight)
+
+
 @contextlib.contextmanager
-def listening(expander: Expander) -> Iterator[None]:
-    """Inside, `per_example` calls `expander(parameter, num_examples)` instead of `expand`."""
-    token = _EXPANDER.set(expander)
+def listening(listener: Listener) -> Iterator[None]:
+    """Inside, `per_example` and `tied_linear` go through `listener`."""
+    token = _LISTENER.set(listener)
     try:
         yield
     finally:
-        _EXPANDER.reset(token)
+        _LISTENER.reset(token)
