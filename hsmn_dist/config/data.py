@@ -59,6 +59,18 @@ class DataConfig(Section):
     shard_bytes: int = Field(64 * 2**20, ge=4096, description="Size at which a tar shard is closed.")
     max_context_tokens: int = Field(512, ge=1, description="Longer contexts lose their oldest tokens (counted).")
     max_target_tokens: int = Field(128, ge=2, description="Longer targets are cut (counted).")
+    deduplicate: Literal["none", "exact", "near"] = Field(
+        "exact",
+        description="Drop examples that were there before in the dataset; near (MinHash, needs the extra `data`) includes exact.",
+    )
+    near_duplicate_overlap: float = Field(
+        0.8, gt=0, le=1, description="Overlap of word runs (Jaccard) from which two examples are near-duplicates."
+    )
+    contamination_words: int = Field(
+        13,
+        ge=0,
+        description="Words in a row that a test item and a training example must share to count as contamination; 0: not measured.",
+    )
     part_examples: int = Field(
         20_000,
         ge=1,

@@ -19,19 +19,28 @@ from typing import Any
 
 from hsmn_dist.config.data import DataConfig, DatasetConfig, TokenizerConfig
 from hsmn_dist.data.builtin import builtin_identity, preprocessor_of
+from hsmn_dist.data.contamination import DEFAULT_MIN_WORDS, measure_contamination
+from hsmn_dist.data.example import Example
 from hsmn_dist.data.executor import Executor, InlineExecutor, build_executor
 from hsmn_dist.data.fingerprint import Fingerprints
-from hsmn_dist.data.prepare_examples import ExamplesTask, iter_training_texts, read_manifest, run_examples_task
+from hsmn_dist.data.prepare_examples import (
+    ExamplesTask,
+    iter_examples,
+    iter_training_texts,
+    read_manifest,
+    run_examples_task,
+)
 from hsmn_dist.data.prepare_shards import ShardsTask, build_index, run_shards_task
 from hsmn_dist.data.progress import Progress, QuietProgress
 from hsmn_dist.data.raw_reader import hub_configuration, hub_revision, hub_split, source_files, source_kind
 from hsmn_dist.data.shards.index import INDEX_NAME, load_index, save_index
+from hsmn_dist.data.shards.reader import read_examples
 from hsmn_dist.data.shards.writer import disk_error
+from hsmn_dist.data.sources import known_source
 from hsmn_dist.data.tokenizer import TOKENIZER_NAME, Tokenizer, build_tokenizer, load_tokenizer
 from hsmn_dist.foundation.errors import ConfigError, DataError
-from hsmn_dist.foundation.files import remove_leftovers, sha256_of_json
+from hsmn_dist.foundation.files import remove_leftovers, sha256_of_file, sha256_of_json
 
-RECIPE = 1  # raised whenever the same settings would give other bytes
 DIGEST_LETTERS = 16
 WORK = ".work"
 
@@ -141,9 +150,11 @@ def _prepare(
     _make_examples(todo, data, progress, executor)
     tokenizer = _make_tokenizer(todo, tokenizer_config, tokenizer_path, progress)
     _make_shards(todo, data, tokenizer_path, progress, executor)
+    notes = _contamination_notes(jobs, todo, data, progress)
     for job in todo:
         try:
-            index = build_index(job.folder, job.work, tokenizer, job.dataset.name, job.digest, {"origin": job.origin})
+            extra = {"origin": job.origin, **notes.get(job.dataset.name, {})}
+            index = build_index(job.folder, job.work, tokenizer, job.dataset.name, job.digest, extra)
             save_index(job.folder, index)
         except OSError as error:
             raise disk_error(job.folder / INDEX_NAME, error) from error
@@ -179,6 +190,31 @@ def _make_examples(jobs: list[_Job], data: DataConfig, progress: Progress, execu
         return
     for done, _ in enumerate(chosen.map(run_examples_task, tasks), start=1):
         progress.update("datasets read", done, len(tasks))
+
+
+def _contamination_notes(
+    jobs: list[_Job], todo: list[_Job], data: DataConfig, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Per dataset {"contamination": report}: overlap of its test items with all training examples of the run.
+
+    Built-in datasets are left out: they are made of a few sentences, which every item shares with every other.
+    """
+    benchmarks = {job.dataset.name: job for job in todo if known_source(job.dataset.name) is not None}
+    if not data.contamination_words or not benchmarks:
+        return {}
+    fresh = {job.dataset.name for job in todo}
+
+    def examples(job: _Job, split: str) -> Iterator[Example]:
+        return iter_examples(job.work, split) if job.dataset.name in fresh else read_examples(job.folder, split)
+
+    reports = measure_contamination(
+        {name: examples(job, "test") for name, job in benchmarks.items()},
+        {job.dataset.name: examples(job, "train") for job in jobs},
+        ngram_words=data.contamination_words,
+        min_words=min(DEFAULT_MIN_WORDS, data.contamination_words),
+    )
+    progress.update("contamination", 1, 1)
+    return {report.benchmark: {"contamination": report.to_json()} for report in reports}
 
 
 def _report(progress: Progress, phase: str, done: int) -> None:
@@ -253,7 +289,17 @@ def _digest(
     fingerprints: Fingerprints,
 ) -> str:
     """SHA-256 of everything that decides the bytes; where a local source lies does not."""
-    decisive = ("split", "split_seed", "shard_bytes", "max_context_tokens", "max_target_tokens", "part_examples")
+    decisive = (
+        "split",
+        "split_seed",
+        "shard_bytes",
+        "max_context_tokens",
+        "max_target_tokens",
+        "part_examples",
+        "deduplicate",
+        "near_duplicate_overlap",
+        "contamination_words",
+    )
     tokens: dict[str, Any] = tokenizer.model_dump(exclude={"path"})
     if tokenizer.kind == "file":
         path = Path(tokenizer.path)
@@ -266,12 +312,19 @@ def _digest(
         tokens = {"kind": "bytes"}
     return sha256_of_json(
         {
-            "recipe": RECIPE,
+            "recipe": _recipe(),
             "datasets": [[dataset.model_dump(exclude={"source"}), origin] for dataset, origin in resolved],
             "data": {name: getattr(data, name) for name in decisive},
             "tokenizer": tokens,
         }
     )
+
+
+def _recipe() -> str:
+    """SHA-256 of the code that makes examples and shards: another version of it never reuses what this one made."""
+    room = Path(__file__).parent
+    files = [*room.glob("*.py"), *room.glob("preprocessors/*.py"), *room.glob("shards/*.py")]
+    return sha256_of_json([[path.relative_to(room).as_posix(), sha256_of_file(path)] for path in sorted(files)])
 
 
 @contextmanager

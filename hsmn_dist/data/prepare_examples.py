@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import Any, TextIO
 
 from hsmn_dist.config.data import DataConfig, DatasetConfig
 from hsmn_dist.data.builtin import preprocessor_of
+from hsmn_dist.data.dedup import DedupSettings, deduplicated
+from hsmn_dist.data.example import Example
 from hsmn_dist.data.preprocessors.base import SkipCounter, require_usable
 from hsmn_dist.data.raw_reader import read_rows
 from hsmn_dist.data.shards.writer import disk_error
@@ -52,6 +54,8 @@ def run_examples_task(task: ExamplesTask, report: Callable[[int], None] | None =
         return task.dataset.name
     skipped = SkipCounter()
     examples = preprocessor_of(task.dataset.name)(read_rows(task.dataset), skipped)
+    settings = DedupSettings(task.data.deduplicate, task.data.near_duplicate_overlap)
+    examples = deduplicated(examples, settings, skipped)
     if task.dataset.num_examples:
         examples = islice(examples, task.dataset.num_examples)
     source = known_source(task.dataset.name)
@@ -94,20 +98,25 @@ def iter_part(work_folder: Path, part: int) -> Iterator[tuple[str, dict[str, Any
             yield value["split"], value["example"]
 
 
+def iter_examples(work_folder: Path, split: str) -> Iterator[Example]:
+    """The examples of one split, in order."""
+    for part in range(read_manifest(work_folder)["num_parts"]):
+        for found, example in iter_part(work_folder, part):
+            if found == split:
+                yield Example(**example)
+
+
 def iter_training_texts(work_folders: list[Path], max_characters: int) -> Iterator[str]:
     """Contexts and targets of the training split, at most `max_characters` in all, dealt evenly over the datasets."""
     share = max_characters // max(1, len(work_folders))
     for work in work_folders:
         left = share
-        for part in range(read_manifest(work)["num_parts"]):
+        for example in iter_examples(work, "train"):
+            for text in (example.context, example.target):
+                left -= len(text)
+                yield text
             if left <= 0:
                 break
-            for split, example in iter_part(work, part):
-                if split != "train" or left <= 0:
-                    continue
-                for text in (example["context"], example["target"]):
-                    left -= len(text)
-                    yield text
 
 
 def _require_training_examples(task: ExamplesTask, counts: dict[str, int]) -> None:
@@ -155,7 +164,8 @@ class _PartWriter:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None:
-            self._stack.__exit__(kind, error, trace)
+            with suppress(OSError):  # a full disk refuses the buffered rest once more
+                self._stack.__exit__(kind, error, trace)
             return
         try:
             self._finish()

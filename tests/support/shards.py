@@ -1,34 +1,45 @@
-"""Parameter shards without an engine: any flat ranges of any named tensors."""
+"""Small prepared folders written straight through the shard writer, without rows or a tokenizer to train."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Sequence
+from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from hsmn_dist.distributed.shards import ParamShard, owned_range
-from hsmn_dist.foundation.param_role import ParamRole
-
-
-def shards_of(weights: Mapping[str, Tensor], rank: int = 0, world_size: int = 1, component=None) -> list[ParamShard]:
-    """One rank's equal pieces of each tensor; values and gradients are views where the tensors are contiguous."""
-    shards = []
-    for name, weight in weights.items():
-        flat = weight.detach().view(-1)
-        start, stop = owned_range(flat.numel(), rank, world_size)
-        gradient = weight.grad.view(-1)[start:stop] if weight.grad is not None else None
-        part = component(name) if component else "decoder"
-        shape = tuple(weight.shape)
-        shards.append(ParamShard(name, ParamRole.MATRIX, part, shape, start, stop, flat[start:stop], gradient))
-    return shards
+from hsmn_dist.data.shards.index import ShardIndex, SplitEntry, save_index, save_samples
+from hsmn_dist.data.shards.writer import ShardWriter
+from hsmn_dist.data.tokenizer import ByteTokenizer
 
 
-def module_shards(module: nn.Module, rank: int = 0, world_size: int = 1) -> list[ParamShard]:
-    """Shards of every parameter that is trained."""
-    return shards_of({n: p for n, p in module.named_parameters() if p.requires_grad}, rank, world_size)
+def example_text(name: str, number: int) -> tuple[str, str]:
+    """A context and a target whose lengths vary with the number."""
+    return f"{name} context {number} " + "x" * (number * 7 % 23), f"target {number}" + "y" * (number * 5 % 11)
 
 
-def random_weights(seed: int, shapes: Mapping[str, tuple[int, ...]], dtype=torch.float64) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
+def write_folder(
+    folder: Path, num_samples: int, *, name: str = "demo", shard_bytes: int = 16384, splits: Sequence[str] = ("train",)
+) -> Path:
+    """A complete folder; each split holds `num_samples` samples."""
+    folder.mkdir(parents=True)
+    tokenizer = ByteTokenizer()
+    entries = {}
+    for split in splits:
+        with ShardWriter(folder, f"{split}-00000", shard_bytes=shard_bytes, token_dtype="<u2") as writer:
+            for number in range(num_samples):
+                context, target = example_text(name, number)
+                example = {
+                    "context": context,
+                    "target": target,
+                    "task": "chat",
+                    "id": f"{name}-{split}-{number}",
+                    "group": str(number),
+                    "kind": "free_text",
+                    "meta": {},
+                }
+                ids = [*tokenizer.encode(target), tokenizer.eos_id]
+                writer.write(json.dumps(example).encode(), tokenizer.encode(context), ids)
+        file = f"{split}.samples.npy"
+        entries[split] = SplitEntry(tuple(writer.shards), file, save_samples(folder / file, writer.samples))
+    index = ShardIndex(name, "digest", tokenizer.digest, "<u2", entries)
+    save_index(folder, index)
+    return folder

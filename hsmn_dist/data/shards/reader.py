@@ -12,7 +12,10 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+import tempfile
 import threading
+from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +23,7 @@ import numpy as np
 
 from hsmn_dist.data.example import Example
 from hsmn_dist.data.shards.index import ShardEntry, ShardIndex, load_index, load_samples
+from hsmn_dist.data.shards.remote import FetchFailed, RemoteFiles, is_url
 from hsmn_dist.data.shards.tar_layout import (
     BLOCK_BYTES,
     EXAMPLE_SUFFIX,
@@ -31,6 +35,11 @@ from hsmn_dist.data.shards.tar_layout import (
 )
 from hsmn_dist.foundation.errors import DataError
 from hsmn_dist.foundation.files import sha256_of_file
+
+CACHE_BYTES = 16 * 2**30
+# Open files: enough for the windows of several datasets; fetched shards that left the cache stay on the disk while open.
+MAX_OPEN_LOCAL = 512
+MAX_OPEN_REMOTE = 32
 
 
 class DamagedSample(DataError):
@@ -45,30 +54,41 @@ def _damaged(where: str, problem: str) -> DamagedSample:
     )
 
 
-class LocalFiles:
-    """The files of a local folder."""
+class OpenShard:
+    """A read descriptor that closes itself with its last user, so a cache may drop it while a thread still reads."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, path: Path, entry: ShardEntry) -> None:
+        self.descriptor = -1
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise _damaged(str(path), f"cannot be opened ({error.strerror})") from error
+        num_bytes = os.fstat(self.descriptor).st_size
+        if num_bytes != entry.bytes:
+            raise _damaged(str(path), f"has {num_bytes} bytes, not {entry.bytes}")
 
-    def path(self, shard: ShardEntry) -> Path:
-        """Where the shard lies."""
-        return self.folder / shard.name
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
 
 class SplitReader:
     """One split of a prepared folder, by sample number. Safe to use from several threads."""
 
-    def __init__(self, folder: Path, split: str, files: LocalFiles | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | str, split: str, remote: RemoteFiles | None = None) -> None:
+        self.name = str(folder)
         self.split = split
-        self.index: ShardIndex = load_index(folder)
+        self._remote = remote
+        if remote is not None:
+            remote.fetch_index()
+        self.folder = remote.folder if remote is not None else Path(folder)
+        self.index: ShardIndex = load_index(self.folder)
         self.entry = self.index.split(split, folder)
-        self.samples = load_samples(folder / self.entry.samples_file, self.entry)
+        self.samples = load_samples(self.folder / self.entry.samples_file, self.entry)
         self.shard_sizes = np.array([shard.num_samples for shard in self.entry.shards], dtype=np.int64)
-        self._ends = np.cumsum(self.shard_sizes)
-        self._files = files or LocalFiles(folder)
-        self._open: dict[int, int] = {}
+        self._ends: list[int] = np.cumsum(self.shard_sizes).tolist()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._broken: dict[int, DamagedSample] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -115,21 +135,18 @@ class SplitReader:
     def close(self) -> None:
         """Close the shards that are open."""
         with self._lock:
-            for descriptor in self._open.values():
-                os.close(descriptor)
             self._open.clear()
 
     def _where(self, number: int) -> str:
-        shard = int(np.searchsorted(self._ends, number, side="right"))
-        in_shard = number - int(self._ends[shard] - self.shard_sizes[shard])
-        return (
-            f"{self.folder / self.entry.shards[shard].name}: sample {in_shard} of the shard ({number} of {self.split})"
-        )
+        shard = bisect_right(self._ends, number)
+        in_shard = number - self._ends[shard] + self.entry.shards[shard].num_samples
+        return f"{self.name}/{self.entry.shards[shard].name}: sample {in_shard} of the shard ({number} of {self.split})"
 
     def _read(self, number: int, start: int, length: int, crc: int) -> bytes:
-        shard = int(self._ends.searchsorted(number, side="right"))
+        shard = bisect_right(self._ends, number)
+        opened = self._open.get(shard) or self._open_shard(shard)
         try:
-            data = os.pread(self._descriptor(shard), length, start)
+            data = os.pread(opened.descriptor, length, start)
         except OSError as error:
             raise _damaged(self._where(number), f"cannot be read ({error.strerror})") from error
         if checksum(data) != crc:
@@ -137,39 +154,41 @@ class SplitReader:
             raise _damaged(self._where(number), problem)
         return data
 
-    def _descriptor(self, shard: int) -> int:
-        descriptor = self._open.get(shard)
-        if descriptor is not None:
-            return descriptor
+    def _open_shard(self, shard: int) -> OpenShard:
+        if shard in self._broken:  # a shard that cannot be had is not fetched again for each of its samples
+            raise self._broken[shard]
+        entry = self.entry.shards[shard]
+        try:
+            opened = OpenShard(self.folder / entry.name if self._remote is None else self._remote.path(entry), entry)
+        except FetchFailed as error:
+            self._broken[shard] = DamagedSample(error.found, allowed=error.allowed, action=error.action)
+            raise self._broken[shard] from error
+        except DamagedSample as error:
+            self._broken[shard] = error
+            raise
         with self._lock:
-            if shard in self._open:
-                return self._open[shard]
-            descriptor = open_shard(self._files.path(self.entry.shards[shard]), self.entry.shards[shard])
-            # Files stay open to the end: closing one here could pull it from under another thread's read.
-            self._open[shard] = descriptor
-            return descriptor
+            # Oldest first: a stream goes from window to window, so these are the ones it is done with.
+            self._open[shard] = opened
+            while len(self._open) > (MAX_OPEN_LOCAL if self._remote is None else MAX_OPEN_REMOTE):
+                self._open.popitem(last=False)
+        return opened
 
 
-def open_shard(path: Path, entry: ShardEntry) -> int:
-    """A read descriptor of a shard whose size is the one that was written.
+def open_folder(folder: Path | str, split: str, cache_folder: str = "", cache_bytes: int = CACHE_BYTES) -> SplitReader:
+    """A reader of a local folder or of a URL; the cache is used for URLs alone.
 
     Raises:
-        DamagedSample: the file is missing or has another size.
+        DataError: no such folder or split, a damaged index, a URL of an unknown kind or that cannot be reached.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise _damaged(str(path), f"cannot be opened ({error.strerror})") from error
-    num_bytes = os.fstat(descriptor).st_size
-    if num_bytes != entry.bytes:
-        os.close(descriptor)
-        raise _damaged(str(path), f"has {num_bytes} bytes, not {entry.bytes}")
-    return descriptor
+    if not is_url(folder):
+        return SplitReader(folder, split)
+    cache = Path(cache_folder) if cache_folder else Path(tempfile.gettempdir()) / "hsmn_dist-shards"
+    return SplitReader(folder, split, RemoteFiles(str(folder), cache, cache_bytes))
 
 
-def read_examples(folder: Path, split: str, limit: int | None = None) -> Iterator[Example]:
+def read_examples(folder: Path | str, split: str, limit: int | None = None) -> Iterator[Example]:
     """The examples of a split in the order of the shards, at most `limit` of them (None or 0: all)."""
-    reader = SplitReader(folder, split)
+    reader = open_folder(folder, split)
     try:
         for number in range(min(len(reader), limit) if limit else len(reader)):
             yield reader.read_example(number)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -105,7 +105,8 @@ class ShardWriter:
         if kind is None:
             self.close()
         else:
-            self._stack.__exit__(kind, error, trace)
+            with suppress(OSError):  # a full disk refuses the buffered rest once more; the file goes away either way
+                self._stack.__exit__(kind, error, trace)
 
     def _start(self) -> None:
         self._name = f"{self._prefix}-{len(self.shards):03d}.tar"

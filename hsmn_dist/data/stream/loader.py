@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from hsmn_dist.data.shards.reader import DamagedSample, SplitReader
+from hsmn_dist.data.shards.reader import DamagedSample, SplitReader, open_folder
 from hsmn_dist.data.stream.collate import Row, collate, collate_packed, padding_counts
 from hsmn_dist.data.stream.cursor import Cursor
 from hsmn_dist.data.stream.order import permutation
@@ -199,7 +199,8 @@ def open_split(folder: Path | str, split: str, settings: StreamSettings | None =
     Raises:
         DataError: there is no such folder or split, or the split holds no sample.
     """
-    reader = SplitReader(Path(folder), split)
+    cache = (settings.cache_folder, settings.cache_bytes) if settings else ()
+    reader = open_folder(folder, split, *cache)
     if len(reader) == 0:
         raise DataError(
             f"{folder}: the split {split!r} is empty",
@@ -239,7 +240,7 @@ def _check_tokenizers(readers: Sequence[SplitReader]) -> None:
     for reader in readers[1:]:
         if reader.index.tokenizer_digest != first.index.tokenizer_digest:
             raise DataError(
-                f"{reader.folder}: tokens of another tokenizer than {first.folder}",
+                f"{reader.name}: tokens of another tokenizer than {first.name}",
                 allowed="folders prepared with one tokenizer",
                 action="prepare the datasets of a run together",
             )

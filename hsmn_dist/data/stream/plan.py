@@ -165,7 +165,7 @@ class BatchPlan:
 
 def _order_id(readers: Sequence[SplitReader], weights: Sequence[float], settings: StreamSettings) -> int:
     value = {
-        "data": [[reader.split, reader.index.digest] for reader in readers],
+        "data": [[reader.split, [shard.sha256 for shard in reader.entry.shards]] for reader in readers],
         "weights": [f"{weight:.12g}" for weight in weights],
         "window": settings.shuffle_window_shards,
     }

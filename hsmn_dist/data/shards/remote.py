@@ -1,0 +1,184 @@
+"""Shards that lie at a URL: fetched whole, checked on arrival, kept in a bounded local cache.
+
+A fetched file gets its name only after its SHA-256 agreed with the index, so what has the name can be trusted by every
+process of the machine; a lock per file makes the ranks of a node fetch it once. Broken connections and wrong hashes are tried
+again with growing waits. What is unusual: the cache is one folder of plain files shared by all runs, cut back by last use.
+Only known schemes are opened: no `pipe:`, no chained URLs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hsmn_dist.data.shards.index import INDEX_NAME, ShardEntry, ShardIndex, load_index
+from hsmn_dist.foundation.errors import DataError
+from hsmn_dist.foundation.extras import require
+from hsmn_dist.foundation.files import atomic_path, sha256_of_file
+from hsmn_dist.foundation.log import logger
+
+SCHEMES = ("s3", "gs", "gcs", "http", "https", "file", "memory")
+_URL = re.compile(r"^([a-z][a-z0-9+.-]*)(::|:)")
+_BLOCK_BYTES = 1 << 20
+_LOG = logger(__name__)
+
+
+class FetchFailed(DataError):
+    """A file of a URL that could not be brought whole, after every attempt."""
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How often and how patiently a fetch is tried: waits of `first_wait_seconds`, doubled each time up to the longest."""
+
+    attempts: int = 5
+    first_wait_seconds: float = 0.5
+    longest_wait_seconds: float = 30.0
+    sleep: Callable[[float], None] = time.sleep
+
+    def wait_seconds(self, attempt: int) -> float:
+        """The wait after failed attempt number `attempt` (from 0)."""
+        return min(self.first_wait_seconds * 2**attempt, self.longest_wait_seconds)
+
+
+def is_url(folder: Path | str) -> bool:
+    """Whether a folder is named by a URL. A Windows drive letter is not a scheme here, and Linux paths have none."""
+    return isinstance(folder, str) and _URL.match(folder) is not None
+
+
+def require_known_scheme(url: str) -> None:
+    """Refuse what is no plain URL of a known kind.
+
+    Raises:
+        DataError: the scheme is not in `SCHEMES`, or several are chained.
+    """
+    match = _URL.match(url)
+    scheme = match.group(1) if match else ""
+    if scheme not in SCHEMES or "::" in url or "://" not in url:
+        raise DataError(
+            f"folder {url!r}",
+            allowed="a local folder, or a URL of " + ", ".join(f"{name}://" for name in SCHEMES),
+            action="correct the folder; commands and chained URLs are never opened",
+        )
+
+
+class RemoteFiles:
+    """The files of a prepared folder at a URL, as local files.
+
+    Args:
+        url: of the folder.
+        cache_folder: shared by all URLs and processes of the machine.
+        cache_bytes: size to which the cache's shards are cut back after each fetch (the newest one always stays).
+        retry: attempts and waits.
+    """
+
+    def __init__(self, url: str, cache_folder: Path, cache_bytes: int, retry: Retry | None = None) -> None:
+        require_known_scheme(url)
+        self._url = url.rstrip("/")
+        self._cache_folder = cache_folder
+        self._cache_bytes = cache_bytes
+        self._retry = retry or Retry()
+        self.folder = cache_folder / hashlib.sha256(self._url.encode()).hexdigest()[:16]
+        self.num_fetched = 0
+        self.num_retries = 0
+
+    def fetch_index(self) -> ShardIndex:
+        """Bring `index.json` (always anew: it alone has no hash to be checked against) and the samples files."""
+        self._fetch(INDEX_NAME, None)
+        index = load_index(self.folder)
+        for split in index.splits.values():
+            path = self.folder / split.samples_file
+            if not path.is_file() or sha256_of_file(path) != split.samples_sha256:
+                self._fetch(split.samples_file, split.samples_sha256)
+        return index
+
+    def path(self, shard: ShardEntry) -> Path:
+        """The shard as a local file, fetched if it is not there.
+
+        Raises:
+            FetchFailed: every attempt failed.
+        """
+        path = self.folder / shard.name
+        for _ in range(2):  # another process may remove the file between the look and the touch
+            if path.is_file() and path.stat().st_size == shard.bytes:
+                with suppress(FileNotFoundError):
+                    path.touch()  # its last use, which decides what leaves the cache first
+                    return path
+            self._fetch_once(shard)
+        return path
+
+    def _fetch_once(self, shard: ShardEntry) -> None:
+        path = self.folder / shard.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f".{shard.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.is_file() and path.stat().st_size == shard.bytes:
+                return
+            self._fetch(shard.name, shard.sha256)
+        self._cut_back(keep=path)
+
+    def _fetch(self, name: str, sha256: str | None) -> None:
+        problem = ""
+        for attempt in range(self._retry.attempts):
+            if attempt:
+                self.num_retries += 1
+                self._retry.sleep(self._retry.wait_seconds(attempt - 1))
+            try:
+                self._copy(name, sha256)
+                self.num_fetched += 1
+                return
+            except DataError:
+                raise
+            except Exception as error:  # each store's client has errors of its own; all are tried again and reported
+                problem = f"{type(error).__name__}: {error}"
+            _LOG.warning("%s/%s: attempt %d of %d: %s", self._url, name, attempt + 1, self._retry.attempts, problem)
+        raise FetchFailed(
+            f"{self._url}/{name}: {problem} (after {self._retry.attempts} attempts)",
+            allowed="a reachable file with the bytes that were written",
+            action="check the URL and the network; copy the folder again if the hash differs",
+        )
+
+    def _copy(self, name: str, sha256: str | None) -> None:
+        # Whole file to a name of its own; it gets the real name only with the right hash.
+        digest = hashlib.sha256()
+        with atomic_path(self.folder / name) as aside:
+            with _open_url(f"{self._url}/{name}") as source, aside.open("wb") as target:
+                while block := source.read(_BLOCK_BYTES):
+                    digest.update(block)
+                    target.write(block)
+            found = digest.hexdigest()
+            if sha256 not in (None, found):
+                raise ValueError(f"arrived with SHA-256 {found[:12]}..., the index says {str(sha256)[:12]}...")
+
+    def _cut_back(self, keep: Path) -> None:
+        files = []
+        for path in self._cache_folder.glob("*/*.tar"):
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                files.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self._cache_bytes:
+                return
+            if path != keep:
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+def _open_url(url: str) -> Any:
+    fsspec = require("fsspec")
+    try:
+        return fsspec.open(url, "rb").open()
+    except ImportError as error:
+        raise DataError(
+            f"{url}: {error}",
+            allowed="an environment with the package for this kind of URL (s3fs for s3://, gcsfs for gs://)",
+            action="install it with pip, then start again",
+        ) from error
