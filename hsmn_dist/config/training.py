@@ -51,6 +51,21 @@ class TrainingConfig(Section):
         ge=0,
         description="ZeRO 3 keeps parameters smaller than this whole on every rank (DeepSpeed's default).",
     )
+    on_non_finite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="At a loss or gradient that is infinite or NaN: stop the stage, skip the batch, or go back to the last "
+        "checkpoint and leave out the batches since then.",
+    )
+    on_loss_spike: Literal["ignore", "skip", "rollback"] = Field(
+        "ignore", description="At a loss far above the recent ones: train on, skip the batch, or go back as above."
+    )
+    spike_sigma: float = Field(
+        6.0, gt=0, description="Standard deviations above the mean of the recent losses that count as a spike."
+    )
+    spike_window_steps: int = Field(128, ge=8, description="Recent losses that a spike is measured against.")
+    max_skipped_steps: int = Field(
+        16, ge=0, description="Skips and rollbacks allowed in a stage; one more stops it (0: none is allowed)."
+    )
     l2: float = Field(
         0.0, ge=0, description="Coefficient of sum(w^2) added to the loss as the original does (1e-6 there)."
     )

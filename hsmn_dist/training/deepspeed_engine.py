@@ -129,17 +129,14 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         """See Engine."""
-        if self._rank < self._num_writers:
-            write_snapshot(folder, self._rank, *self.snapshot())
+        write_snapshot(folder, self._rank, *self.snapshot())
 
     def snapshot(self) -> tuple[dict[str, Tensor], str]:
-        """See Engine."""
+        """See Engine. Where every rank holds everything, rank 0 alone gives something."""
         frozen = self._shards.frozen()
-        return snapshot(self._shards.slots(False), self._shards.optimizer, frozen if self._rank == 0 else {})
-
-    @property
-    def _num_writers(self) -> int:
-        return 1 if self.num_shard_copies > 1 else self._world_size
+        is_writer = self._rank == 0 or self.num_shard_copies == 1
+        slots = self._shards.slots(False) if is_writer else []
+        return snapshot(slots, self._shards.optimizer, frozen if self._rank == 0 else {})
 
     def load(self, folder: Path) -> None:
         """See Engine."""

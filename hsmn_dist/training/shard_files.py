@@ -87,8 +87,9 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def write_snapshot(folder: Path, rank: int, tensors: dict[str, Tensor], header: str) -> None:
-    """Write what `snapshot` took."""
-    save_file(tensors, shard_file(folder, rank), metadata={"hsmn_dist": header})
+    """Write what `snapshot` took; a rank that owns nothing writes no file."""
+    if tensors:
+        save_file(tensors, shard_file(folder, rank), metadata={"hsmn_dist": header})
 
 
 @dataclass
@@ -201,3 +202,11 @@ def _target(slot: ShardSlot, kind: str, state: dict[str, Any]) -> Tensor:
     if kind not in state:
         state[kind] = torch.zeros_like(slot.flat, requires_grad=False)
     return slot.cut(state[kind])
+
+
+def weights_alone(tensors: Mapping[str, Tensor], header: str) -> tuple[dict[str, Tensor], str]:
+    """A snapshot without optimizer state."""
+    facts = json.loads(header)
+    for entry in facts["shards"].values():
+        entry["scalars"] = {}
+    return {key: value for key, value in tensors.items() if key.startswith(f"{VALUE}:")}, json.dumps(facts)

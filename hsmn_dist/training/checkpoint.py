@@ -1,0 +1,295 @@
+"""Checkpoints that are complete or absent, and the newest complete one.
+
+Every rank writes into a folder aside, flushes and hashes its files; rank 0 writes the manifest last and renames the folder. What a
+crash leaves behind has another name and is removed by the next save. Unusual: there is no `latest` pointer to go stale, a damaged
+checkpoint is passed over for an older one (said loudly), and a rank that fails to write tells the others, so nobody waits for it.
+Nothing is read before its hash was checked, and nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hsmn_dist.distributed.collectives import all_gather_objects, any_rank, broadcast_object
+from hsmn_dist.distributed.determinism import capture_rng, restore_rng
+from hsmn_dist.distributed.world import World
+from hsmn_dist.foundation.errors import CheckpointError
+from hsmn_dist.foundation.files import (
+    fsync_folder,
+    read_json,
+    remove_leftovers,
+    sha256_of_file,
+    write_json,
+)
+from hsmn_dist.foundation.log import logger
+from hsmn_dist.training.engine import Engine
+from hsmn_dist.training.shard_files import shard_file, weights_alone, write_snapshot
+
+log = logger(__name__)
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+STEP_PREFIX = "step_"
+BEST_PREFIX = "best_"
+
+SAVE_POINTS = (
+    "folder_made",
+    "shards_written",
+    "hashes_exchanged",
+    "state_written",
+    "manifest_written",
+    "replaced_old",
+    "renamed",
+    "pruned",
+)
+"""Every distinct point of a save, in order; tests kill the process at each."""
+
+
+@dataclass
+class TrainState:
+    """Where a stage stands, but for weights, moments and random states. JSON.
+
+    Attributes:
+        step: optimizer steps done.
+        cursor: the stream's position (`Cursor.to_json`), None before the first batch.
+        best_loss: lowest validation loss so far, None before the first validation.
+        best_step: the step it was measured at; its weights are in `best_NNNNNNNN`.
+        num_bad_validations: validations since then.
+        validations: (step, loss) of each validation.
+        num_tokens: target tokens trained on.
+        num_examples: examples trained on.
+        num_skipped_steps: steps whose gradient was not applied.
+        num_rollbacks: times that training went back to a checkpoint.
+        recent_losses: the losses that the spike detector looks at.
+        extra: what parts of the loop keep for themselves (pruning).
+    """
+
+    step: int = 0
+    cursor: dict[str, Any] | None = None
+    best_loss: float | None = None
+    best_step: int = 0
+    num_bad_validations: int = 0
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    num_tokens: int = 0
+    num_examples: int = 0
+    num_skipped_steps: int = 0
+    num_rollbacks: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> TrainState:
+        """Inverse of `dataclasses.asdict`; unknown keys are an error, missing ones keep their default."""
+        names = {entry.name for entry in fields(cls)}
+        if unknown := sorted(set(value) - names):
+            raise CheckpointError(
+                f"a training state with the keys {unknown}",
+                allowed=", ".join(sorted(names)),
+                action="resume with the program version that wrote the checkpoint",
+            )
+        state = cls(**value)
+        state.validations = [(int(step), float(loss)) for step, loss in state.validations]
+        return state
+
+
+def _nothing(_: str = "") -> None:
+    return None
+
+
+class Checkpointer:
+    """Saves and restores one stage. Every method is collective unless it says otherwise."""
+
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        keep_last: int = 2,
+        may_commit: Callable[[], None] = _nothing,
+        at_point: Callable[[str], None] = _nothing,
+    ) -> None:
+        """Prepare; nothing is written.
+
+        Args:
+            folder: the stage's checkpoint folder, seen by all ranks.
+            world: this rank.
+            keep_last: complete checkpoints that stay.
+            may_commit: called by rank 0 before a rename; raises when another attempt owns the run.
+            at_point: called on every rank at each of `SAVE_POINTS`.
+        """
+        self.folder = folder
+        self._world = world
+        self._keep_last = keep_last
+        self._may_commit = may_commit
+        self._at_point = at_point
+        self._was_found_sound: set[str] = set()
+
+    def save(self, engine: Engine, state: TrainState) -> Path:
+        """Write a checkpoint of `state.step` and remove old ones.
+
+        Raises:
+            CheckpointError: a rank could not write; all ranks raise, and older checkpoints are whole.
+        """
+        tensors, header = engine.snapshot()
+        written = self._write(f"{STEP_PREFIX}{state.step:08d}", tensors, header, asdict(state), capture_rng())
+        self._prune(state.best_step)
+        return written
+
+    def save_best(self, engine: Engine, state: TrainState) -> Path:
+        """Keep the weights alone as the best so far. Older ones stay while a kept checkpoint speaks of them."""
+        tensors, header = engine.snapshot()
+        tensors, header = weights_alone(tensors, header)
+        return self._write(f"{BEST_PREFIX}{state.best_step:08d}", tensors, header, {}, None)
+
+    def restore(self, engine: Engine) -> TrainState | None:
+        """Load the newest sound checkpoint into the engine and the random generators; None when there is none.
+
+        At another world size than the one that saved, random states are left as they are.
+        """
+        path = self.newest()
+        if path is None:
+            return None
+        engine.load(path)
+        own = path / _rng_name(self._world.rank)
+        if len(list(path.glob("rng_*.json"))) == self._world.world_size:
+            restore_rng(read_json(own))
+        return TrainState.from_json(read_json(path / STATE))
+
+    def restore_best(self, engine: Engine, state: TrainState) -> bool:
+        """Load the best weights (the optimizer's moments are dropped); False when they are not there."""
+        path = self.folder / f"{BEST_PREFIX}{state.best_step:08d}"
+        if not self._is_sound(path):
+            return False
+        engine.load(path)
+        return True
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint whose every file has its hash; damaged ones are named in the log."""
+        for path in broadcast_object(self._complete(STEP_PREFIX)):
+            if self._is_sound(path):
+                return path
+            log.warning("%s is damaged and passed over for an older checkpoint", path)
+        return None
+
+    def _complete(self, prefix: str) -> list[Path]:
+        found = [path for path in self.folder.glob(f"{prefix}*") if (path / MANIFEST).is_file()]
+        return sorted(found, key=_step_of, reverse=True)
+
+    def _is_sound(self, path: Path) -> bool:
+        """Each rank hashes its share of the files. What this process wrote or checked before is not hashed again."""
+        if not broadcast_object((path / MANIFEST).is_file()):
+            return False
+        if not any_rank(path.name not in self._was_found_sound):
+            return True
+        try:
+            entries: dict[str, Any] = read_json(path / MANIFEST)["files"]
+            names = sorted(entries)[self._world.rank :: self._world.world_size]
+            is_damaged = any(sha256_of_file(path / name) != entries[name]["sha256"] for name in names)
+        except (OSError, CheckpointError, KeyError, TypeError):
+            is_damaged = True
+        is_damaged = any_rank(is_damaged)
+        if not is_damaged:
+            self._was_found_sound.add(path.name)
+        return not is_damaged
+
+    def _write(
+        self, name: str, tensors: dict[str, Tensor], header: str, state: dict[str, Any], rng: dict[str, Any] | None
+    ) -> Path:
+        rank, aside = self._world.rank, self.folder / f".{name}.tmp-save"
+        self._together(lambda: self._make_folder(aside), first_rank_alone=True)
+        self._at_point("folder_made")
+        own: dict[str, dict[str, Any]] = {}
+
+        def write_own() -> None:
+            files = []
+            if tensors:
+                write_snapshot(aside, rank, tensors, header)
+                files.append(shard_file(aside, rank))
+            if rng is not None:
+                write_json(aside / _rng_name(rank), rng)
+                files.append(aside / _rng_name(rank))
+            for file in files:
+                own[file.name] = _flushed_entry(file)
+
+        self._together(write_own)
+        self._at_point("shards_written")
+        entries: dict[str, Any] = {}
+        for part in all_gather_objects(own):
+            entries.update(part)
+        self._at_point("hashes_exchanged")
+        self._together(lambda: self._commit(aside, self.folder / name, entries, state), first_rank_alone=True)
+        self._was_found_sound.add(name)
+        return self.folder / name
+
+    def _make_folder(self, aside: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
+        aside.mkdir()
+
+    def _commit(self, aside: Path, final: Path, entries: dict[str, Any], state: dict[str, Any]) -> None:
+        write_json(aside / STATE, state)
+        entries = {**entries, STATE: _flushed_entry(aside / STATE)}
+        self._at_point("state_written")
+        self._may_commit()
+        write_json(aside / MANIFEST, {"files": entries, "world_size": self._world.world_size})
+        fsync_folder(aside)
+        self._at_point("manifest_written")
+        if final.exists():
+            # The same step was saved before (and found damaged, or left behind by going back).
+            final.rename(self.folder / f".{final.name}.tmp-old")
+            self._at_point("replaced_old")
+        aside.rename(final)
+        fsync_folder(self.folder)
+        remove_leftovers(self.folder)
+        self._at_point("renamed")
+
+    def _prune(self, best_step: int) -> None:
+        if self._world.is_first:
+            complete = self._complete(STEP_PREFIX)
+            for path in complete[self._keep_last :]:
+                shutil.rmtree(path)
+            wanted = {best_step}
+            for path in complete[: self._keep_last]:
+                wanted.add(int(read_json(path / STATE)["best_step"]))
+            for path in self._complete(BEST_PREFIX):
+                if _step_of(path) not in wanted:
+                    shutil.rmtree(path)
+        self._at_point("pruned")
+
+    def _together(self, work: Callable[[], None], first_rank_alone: bool = False) -> None:
+        """Do `work`, and raise on all ranks when it failed on one; also a barrier."""
+        error: Exception | None = None
+        if self._world.is_first or not first_rank_alone:
+            try:
+                work()
+            except Exception as caught:
+                error = caught
+        messages = all_gather_objects("" if error is None else f"rank {self._world.rank}: {error}")
+        if error is not None:
+            raise error
+        if problems := [message for message in messages if message]:
+            raise CheckpointError(
+                f"{self.folder}: the checkpoint was not written ({problems[0]})",
+                allowed="a folder that every rank can write",
+                action="mend what the first rank's message names; older checkpoints are whole",
+            )
+
+
+def _rng_name(rank: int) -> str:
+    return f"rng_{rank:05d}.json"
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.rsplit("_", 1)[1])
+
+
+def _flushed_entry(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}

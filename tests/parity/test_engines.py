@@ -1,0 +1,205 @@
+"""DeepSpeed on every ZeRO stage against plain torch on one rank: losses, norms, weights, evaluation.
+
+A quadratic pull (as EWC adds) and clipping are active in all of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hsmn_dist.config.optim import OptimConfig
+from hsmn_dist.config.training import TrainingConfig
+from hsmn_dist.distributed.collectives import all_reduce_sum
+from hsmn_dist.distributed.determinism import seed_everything
+from hsmn_dist.distributed.world import World
+from hsmn_dist.models.contract import cross_entropy
+from hsmn_dist.training.build import build_engine
+from hsmn_dist.training.engine import Engine
+from tests.support.distributed import run_distributed
+from tests.support.models import TinyModel, rows_of, tiny_batch
+
+NUM_EXAMPLES = 8
+RATE = 1e-2
+OPTIM = OptimConfig.model_validate({"optimizer": {"learning_rate": RATE, "weight_decay": 0.1}})
+
+
+@dataclass
+class Course:
+    """What a short training gives."""
+
+    losses: list[float]
+    norms: list[float]
+    component_norms: list[dict[str, float]]
+    num_clipped: int
+    validation: float
+    weights: dict[str, Tensor]
+
+
+def make_engine(world: World, name: str, stage: int, precision: str = "fp32", tied: bool = True) -> Engine:
+    training = TrainingConfig.model_validate(
+        {
+            "engine": name,
+            "zero_stage": stage,
+            "precision": precision,
+            "global_batch_examples": NUM_EXAMPLES,
+            "micro_batch_examples": 2,
+            "max_gradient_norm": 1.0,
+            "persistent_parameter_elements": 20,
+        }
+    )
+    seed_everything(3)
+    return build_engine(training, OPTIM, lambda: TinyModel(tied=tied), world)
+
+
+def run_step(
+    engine: Engine, world: World, step: int, anchors: list[Tensor]
+) -> tuple[float, float, dict[str, float], bool]:
+    """One step on this rank's rows of global batch `step`; returns loss, norm, norms by component, clipped."""
+    batch = tiny_batch(step, NUM_EXAMPLES)
+    num_tokens = int(batch.loss_mask.sum())
+    total = torch.zeros(())
+    each = NUM_EXAMPLES // world.world_size
+    for start in range(world.rank * each, (world.rank + 1) * each, 2):
+        total += engine.forward_backward(rows_of(batch, start, start + 2), num_tokens)
+    for shard, anchor in zip(engine.param_shards(), anchors, strict=True):
+        assert shard.gradient is not None
+        shard.gradient.add_((0.3 * (shard.value - anchor)).to(shard.gradient.dtype))
+    stats = engine.step(RATE)
+    assert not stats.was_skipped
+    return float(all_reduce_sum(total)) / num_tokens, stats.gradient_norm, stats.component_norms, stats.was_clipped
+
+
+def run_course(engine: Engine, world: World, num_steps: int) -> Course:
+    anchors = [torch.zeros_like(shard.value) for shard in engine.param_shards()]
+    course = Course([], [], [], 0, 0.0, {})
+    for step in range(num_steps):
+        loss, norm, by_component, was_clipped = run_step(engine, world, step, anchors)
+        course.losses.append(loss)
+        course.norms.append(norm)
+        course.component_norms.append(by_component)
+        course.num_clipped += was_clipped
+    batch, each = tiny_batch(999, NUM_EXAMPLES), NUM_EXAMPLES // world.world_size
+    nll, num_tokens = engine.evaluate(rows_of(batch, world.rank * each, (world.rank + 1) * each))
+    course.validation = float(all_reduce_sum(nll.clone())) / float(all_reduce_sum(num_tokens.clone()))
+    course.weights = engine.state_dict()
+    return course
+
+
+def local_course(num_steps: int, precision: str = "fp32", tied: bool = True) -> Course:
+    world = World()
+    return run_course(make_engine(world, "local", 0, precision, tied), world, num_steps)
+
+
+def assert_same_course(found: Course, wanted: Course, tolerance: float, check_validation: bool = True) -> None:
+    assert max(abs(a - b) for a, b in zip(found.losses, wanted.losses, strict=True)) < tolerance
+    assert max(abs(a - b) for a, b in zip(found.norms, wanted.norms, strict=True)) < tolerance
+    for ours, theirs in zip(found.component_norms, wanted.component_norms, strict=True):
+        assert ours == pytest.approx(theirs, abs=tolerance)
+    assert wanted.num_clipped > 0, "clipping must act"
+    assert wanted.num_clipped < len(wanted.losses) or len(wanted.losses) < 50, "and not on every step"
+    assert found.num_clipped == wanted.num_clipped
+    assert list(found.weights) == list(wanted.weights)
+    for name, weight in wanted.weights.items():
+        assert (found.weights[name] - weight).abs().max() < tolerance, name
+    if check_validation:
+        assert abs(found.validation - wanted.validation) < tolerance
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_rank_of_deepspeed_trains_as_plain_torch_does(stage: int) -> None:
+    world = World()
+    found = run_course(make_engine(world, "deepspeed", stage), world, 50)
+    assert_same_course(found, local_course(50), 1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_follows_the_bf16_twin_closely(stage: int) -> None:
+    world = World()
+    found = run_course(make_engine(world, "deepspeed", stage, "bf16"), world, 20)
+    wanted = local_course(20, "bf16")
+    assert max(abs(a - b) for a, b in zip(found.losses, wanted.losses, strict=True)) < 0.01
+    assert all(weight.dtype == torch.float32 for weight in found.weights.values())
+
+
+def _on_two_ranks(world: World, folder: str) -> dict[str, object]:
+    results: dict[str, object] = {}
+    for stage, precision, tied, num_steps in [
+        (0, "fp32", False, 10),
+        (1, "fp32", True, 50),
+        (2, "fp32", True, 50),
+        (3, "fp32", True, 50),
+        (3, "fp32", False, 10),
+        (1, "bf16", True, 10),
+        (2, "bf16", True, 10),
+        (3, "bf16", True, 10),
+    ]:
+        engine = make_engine(world, "deepspeed", stage, precision, tied)
+        results[f"{stage} {precision} {tied}"] = run_course(engine, world, num_steps)
+        shards = engine.param_shards(with_gradients=False)
+        results[f"sizes {stage} {precision} {tied}"] = sum(shard.num_elements for shard in shards)
+        _check_edits(engine, world)
+        _check_state(engine, world, stage, precision, tied, Path(folder) / f"{stage}_{precision}_{tied}")
+        engine.close()
+    return results
+
+
+def _check_edits(engine: Engine, world: World) -> None:
+    """Edited shards and loaded weights are what forward and state_dict read."""
+    reference = TinyModel(tied=engine.module.head is None)
+    weights = {}
+    for name, value in engine.state_dict().items():
+        weights[name] = torch.arange(value.numel()).view(value.shape) % 7 / 10 - 0.3
+    engine.load_weights(weights)
+    gathered = engine.state_dict()
+    for name, value in weights.items():
+        assert torch.equal(gathered[name], value), name
+    for shard in engine.param_shards(with_gradients=False):
+        shard.value.mul_(0.5)
+    engine.refresh()
+    reference.load_state_dict({name: value * 0.5 for name, value in weights.items()})
+    batch = tiny_batch(7, 4)
+    with torch.no_grad():
+        expected = reference(batch, target_loss=cross_entropy).nll.sum()
+    found, _ = engine.evaluate(batch)
+    is_fp32 = next(engine.module.parameters()).dtype == torch.float32
+    assert abs(float(found) - float(expected)) < (1e-4 if is_fp32 else 1.0)
+
+
+def _check_state(engine: Engine, world: World, stage: int, precision: str, tied: bool, folder: Path) -> None:
+    """Saved, trained on, loaded into another engine, trained on: bit for bit the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
+    engine.save(folder)
+    torch.distributed.barrier()
+    anchors = [torch.zeros_like(shard.value) for shard in engine.param_shards()]
+    wanted = [run_step(engine, world, 100 + step, anchors)[:2] for step in range(3)]
+    weights = engine.state_dict()
+    other = make_engine(world, "deepspeed", stage, precision, tied)
+    other.load(folder)
+    found = [run_step(other, world, 100 + step, anchors)[:2] for step in range(3)]
+    assert found == wanted
+    again = other.state_dict()
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    other.close()
+
+
+def test_two_ranks_of_deepspeed_train_as_plain_torch_does_and_resume_bit_for_bit(tmp_path: Path) -> None:
+    first, second = run_distributed(_on_two_ranks, 2, str(tmp_path), timeout=400)
+    num_weights = {tied: sum(p.numel() for p in TinyModel(tied=tied).parameters()) for tied in (True, False)}
+    for key, course in first.items():
+        stage, precision, tied = key.split()[-3:]
+        if key.startswith("sizes"):
+            copies = 2 if stage == "0" else 1
+            assert course + second[key] == copies * num_weights[tied == "True"], key
+            continue
+        assert course.losses == second[key].losses
+        if precision == "fp32":
+            assert_same_course(course, local_course(len(course.losses), tied=tied == "True"), 1e-5)
+        else:
+            wanted = local_course(len(course.losses), "bf16", tied == "True")
+            assert max(abs(a - b) for a, b in zip(course.losses, wanted.losses, strict=True)) < 0.01
