@@ -75,6 +75,64 @@ class HsmnConfig(Section):
     pruning: PruningConfig = Field(PruningConfig(), description="Magnitude pruning.")
 
 
+class SelfModifyingConfig(Section):
+    """Self-modifying Titans (models.md 2.4)."""
+
+    memory: Literal["mlp", "matrix"] = Field(
+        "mlp", description="mlp: z + W1 gelu(W2 z); matrix: the gated delta rule (cheaper, less capacity)."
+    )
+    hidden_units: int = Field(64, ge=1, description="Hidden units of each memory and head; mlp only.")
+    objective: Literal["dot", "half_l2", "l2"] = Field(
+        "l2", description="Inner loss: -<M(k), v>, |M(k) - v|^2 / 2, or |M(k) - v|^2."
+    )
+    uses_delta: bool = Field(
+        True, description="Keep the paper's factor alpha I - eta k k^T; false decays by alpha alone."
+    )
+    momentum: float = Field(0.0, ge=0.0, lt=1.0, description="Decay of the momentum of writes; mlp memories only.")
+    reads_at: Literal["token", "chunk"] = Field(
+        "token", description="Reads see every earlier write, or the weights of the running chunk's start."
+    )
+    adapts_query: bool = Field(False, description="Pass queries through a sixth memory (the paper's ablation).")
+    normalises_value: bool = Field(
+        True, description="l2-normalise values as keys are; false is the paper's letter and can overflow."
+    )
+    chunk_tokens: int = Field(64, ge=1, description="Tokens between two refreshes of the k, v, eta, alpha memories.")
+    memory_chunk_tokens: int = Field(
+        64, ge=1, description="The same for the memory that is read; one of the two must divide the other."
+    )
+    rate_scale: float = Field(0.1, gt=0.0, description="Factor of softplus in the write rate eta.")
+    initial_rate: float = Field(0.01, gt=0.0, description="Write rate of a fresh model.")
+    largest_growth: float = Field(
+        2.0,
+        ge=0.0,
+        description="Largest norm of each fast map as a multiple of its start, enforced at chunk ends; 0: no bound.",
+    )
+    largest_rate: float = Field(
+        0.3, gt=0.0, le=1.0, description="Upper clamp of eta; |alpha - c eta| <= 1 needs at most 1 / c (c = 3 for l2)."
+    )
+
+    @model_validator(mode="after")
+    def _check_memories(self) -> SelfModifyingConfig:
+        sizes = sorted((self.chunk_tokens, self.memory_chunk_tokens))
+        if sizes[1] % sizes[0]:
+            raise ValueError(
+                f"chunk_tokens {self.chunk_tokens} and memory_chunk_tokens {self.memory_chunk_tokens}; allowed: one "
+                "divides the other; change one of them"
+            )
+        if self.memory == "matrix" and self.momentum > 0:
+            raise ValueError(
+                f"momentum {self.momentum} with matrix memories; allowed: 0 (they follow the gated delta rule); set "
+                "momentum to 0 or memory to mlp"
+            )
+        form = {"dot": 0, "half_l2": 1, "l2": 2}[self.objective] + int(self.uses_delta)
+        if self.largest_rate * form > 1.0:
+            raise ValueError(
+                f"largest_rate {self.largest_rate} with objective {self.objective}; allowed: at most 1 / {form}, so that "
+                "|alpha - c eta| stays below 1; lower largest_rate"
+            )
+        return self
+
+
 class HopeConfig(Section):
     """HOPE (models.md section 2). Defaults are the simple variant's."""
 
@@ -98,6 +156,7 @@ class HopeConfig(Section):
     uses_cms: bool = Field(True, description="Give every block a continuum memory.")
     uses_mlp: bool = Field(True, description="Give every block an MLP.")
     num_memory_modules: int = Field(5, ge=1, description="Time scales of the decay-form CMS.")
+    self_modifying: SelfModifyingConfig = Field(SelfModifyingConfig(), description="Used with mixer self_modifying.")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout after mixer, CMS and MLP.")
     ties_embeddings: bool = Field(False, description="Share the token table with the head.")
     pad_id: int = Field(0, ge=0, description="Token id of padding.")

@@ -23,6 +23,11 @@ def tiny_config(**changes) -> HopeConfig:
     return HopeConfig(**settings)
 
 
+def small_memories(**changes) -> dict:
+    """Self-modifying memories with chunks of 4 tokens."""
+    return {"hidden_units": 5, "chunk_tokens": 4, "memory_chunk_tokens": 4, "initial_rate": 0.1, **changes}
+
+
 def tiny_model(seed: int = 0, scale: float = 4.0, **changes) -> HopeModel:
     """A float64 model whose hidden weights are larger than at init, so that every path matters."""
     torch.manual_seed(seed)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from hsmn_dist.config.models import HopeConfig
-from hsmn_dist.foundation.errors import ModelError
 from hsmn_dist.models.hope.block import DecayMemory, HopeBlock, PlainMlp
 from hsmn_dist.models.hope.continuum_memory import ContinuumMemory
 from hsmn_dist.models.hope.mixers import AttentionMixer, LinearMixer
+from hsmn_dist.models.hope.self_modifying import SelfModifyingTitans
 
 
 def build_block(config: HopeConfig) -> HopeBlock:
@@ -23,9 +23,7 @@ def _build_mixer(config: HopeConfig) -> nn.Module:
         return AttentionMixer(config.d_model, config.num_heads)
     if config.mixer == "linear":
         return LinearMixer(config.d_model, config.num_heads, config.chunk_tokens)
-    raise ModelError(
-        f"model.mixer {config.mixer}", allowed="attention or linear", action="choose one of them in `model.mixer`"
-    )
+    return SelfModifyingTitans(config.d_model, config.num_heads, config.self_modifying)
 
 
 def _build_cms(config: HopeConfig) -> nn.Module:

@@ -19,6 +19,7 @@ from hsmn_dist.config.models import HopeConfig
 from hsmn_dist.foundation.errors import ModelError
 from hsmn_dist.foundation.param_role import ParamRole
 from hsmn_dist.models.contract import BOS_ID, LanguageModel, ModelInput, ModelOutput, TargetLoss
+from hsmn_dist.models.example_rows import example_rows
 from hsmn_dist.models.hope.block import BlockState
 from hsmn_dist.models.hope.build_parts import build_block
 from hsmn_dist.models.hope.fast_state import FastState
@@ -94,7 +95,8 @@ class HopeModel(LanguageModel):
                 roles[name] = ParamRole.HEAD
             else:
                 shape = getattr(parameter, "ds_shape", parameter.shape)
-                roles[name] = ParamRole.VECTOR if len(shape) < 2 else ParamRole.MATRIX
+                is_vector = len(shape) < 2 or name.endswith(".convolution")
+                roles[name] = ParamRole.VECTOR if is_vector else ParamRole.MATRIX
         return roles
 
     def parameter_components(self) -> dict[str, str]:
@@ -141,7 +143,9 @@ class HopeModel(LanguageModel):
         batch_rows, positions = inputs.loss_mask.nonzero(as_tuple=True)
         scored = hidden[batch_rows, rows.context_lengths[batch_rows] + positions]  # [M, D]
         labels = inputs.target_ids[batch_rows, positions]
-        losses = target_loss(self.head(self.norm(scored)), labels, batch_rows, positions)
+        with example_rows(batch_rows):
+            logits = self.head(self.norm(scored))
+        losses = target_loss(logits, labels, batch_rows, positions)
         nll = torch.zeros(inputs.target_ids.shape, dtype=losses.dtype, device=losses.device)
         return ModelOutput(nll=nll.index_put((batch_rows, positions), losses), state=after, aux=aux)
 

@@ -388,3 +388,30 @@ def _next_momentum(
     if vectors is None or scalars is None or momentum.vectors is None or momentum.scalars is None:
         return MemoryWeights(inner, None, None)
     return MemoryWeights(inner, vectors + kept[..., None] * momentum.vectors, scalars + kept * momentum.scalars)
+
+
+def capped(weights: MemoryWeights, initial: MemoryWeights, shape: MemoryShape, largest_growth: float) -> MemoryWeights:
+    """Weights with the norm of each memory's maps held to `largest_growth` times that of its learned start.
+
+    Gradients of a chunk are frozen at its start, so many equal tokens overshoot together; without a bound MLP memories
+    overflow on constant input (measured). Matrix memories take the gradient at the current token and need no bound.
+    """
+    if not shape.hidden or weights.vectors is None or weights.scalars is None:
+        return weights
+    assert initial.vectors is not None and initial.scalars is not None
+
+    def held(tensor: Tensor, start: Tensor, dims: tuple[int, ...]) -> Tensor:
+        limit = largest_growth * start.norm(dim=dims, keepdim=True)
+        # Squares, so that the gradient at norm 0 is finite.
+        square = tensor.square().sum(dim=dims, keepdim=True)
+        return tensor * (limit * square.clamp(min=1e-30).rsqrt()).clamp(max=1.0)
+
+    rows = shape.num_hidden_rows
+    lifts, starts = (w.inner[:, :, :rows].unflatten(2, (-1, shape.hidden)) for w in (weights, initial))
+    direct = held(weights.inner[:, :, rows:], initial.inner[:, :, rows:], (-1,))
+    inner = torch.cat([held(lifts, starts, (-2, -1)).flatten(2, 3), direct], 2)
+    return MemoryWeights(
+        inner,
+        held(weights.vectors, initial.vectors, (-2, -1)),
+        held(weights.scalars, initial.scalars, (-1,)),
+    )

@@ -10,7 +10,7 @@ from hsmn_dist.config.models import HopeConfig
 from hsmn_dist.foundation.errors import ModelError
 from hsmn_dist.models.contract import ModelInput, cross_entropy
 from hsmn_dist.models.hope.model import HOPE, HopeModel
-from tests.support.hope_models import batch, row, tiny_config, tiny_model
+from tests.support.hope_models import batch, row, small_memories, tiny_config, tiny_model
 
 VARIANTS = {
     "attention": {},
@@ -19,6 +19,15 @@ VARIANTS = {
     "no_cms": {"uses_cms": False},
     "no_mlp": {"uses_mlp": False},
     "tied": {"ties_embeddings": True},
+    "self_modifying": {"mixer": "self_modifying", "self_modifying": small_memories()},
+    "self_modifying_momentum": {
+        "mixer": "self_modifying",
+        "self_modifying": small_memories(momentum=0.8, adapts_query=True, objective="half_l2"),
+    },
+    "self_modifying_two_chunk_sizes": {"mixer": "self_modifying", "self_modifying": small_memories(chunk_tokens=8)},
+    "self_modifying_slow_memory": {"mixer": "self_modifying", "self_modifying": small_memories(chunk_tokens=2)},
+    "self_modifying_matrix": {"mixer": "self_modifying", "self_modifying": small_memories(memory="matrix")},
+    "self_modifying_reads_at_chunk": {"mixer": "self_modifying", "self_modifying": small_memories(reads_at="chunk")},
 }
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 
