@@ -29,14 +29,20 @@ _BARE_ROOT = re.compile(r"\\sqrt\s*([0-9a-zA-Z])")
 _LATEX_FRACTION = re.compile(r"([-+]?)\\frac\{([-+]?\d+(?:\.\d+)?)\}\{([-+]?\d+(?:\.\d+)?)\}")
 _SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _TRAILING_WORDS = re.compile(r"(?<=[\d}])\s*[a-zA-Z][a-zA-Z ./^0-9-]*$")
+_CHOICE_LETTER = re.compile(r"^\([a-eA-E]\)(?=.)")
 _ASSIGNMENT = re.compile(r"^[a-zA-Z](?:\([a-z]\))?=")
 
 
-def answer_form(target: str) -> AnswerForm:
-    """The form that a task's target shows, which is what the model was taught to write."""
+def answer_form(target: str, gold: str) -> AnswerForm:
+    """The form that a task's target shows, which is what the model was taught to write.
+
+    A worked solution that marks its answer in no way counts as "boxed", the form that mathematics benchmarks ask for.
+    """
     if "####" in target:
         return "hashes"
-    return "boxed" if "\\boxed" in target or "\\fbox" in target else "line"
+    if "\\boxed" in target or "\\fbox" in target:
+        return "boxed"
+    return "line" if is_same_answer(first_line(target), gold) else "boxed"
 
 
 def strict_answer(completion: str, form: AnswerForm) -> str | None:
@@ -95,6 +101,8 @@ def is_same_answer(answer: str | None, gold: str) -> bool:
     if answer is None:
         return False
     ours, theirs = normalised_mathematics(answer), normalised_mathematics(gold)
+    if _CHOICE_LETTER.match(ours) and not _CHOICE_LETTER.match(theirs):
+        ours = _CHOICE_LETTER.sub("", ours)  # "(C) 8" where 8 is asked for
     if ours == theirs:
         return True
     first, second = as_number(ours), as_number(theirs)

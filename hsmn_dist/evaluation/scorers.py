@@ -86,10 +86,10 @@ def score_exact_answer(model: TextModel, examples: Sequence[Example], settings: 
     strict, flexible = [], []
     for example, completion in zip(examples, completions, strict=True):
         gold = str(example.meta["answer"])
-        found = answers.strict_answer(completion, answers.answer_form(example.target))
+        found = answers.strict_answer(completion, answers.answer_form(example.target, gold))
         strict.append(float(answers.is_same_answer(found, gold)))
         flexible.append(float(answers.is_same_answer(answers.flexible_answer(completion, gold), gold)))
-    forms = sorted({answers.answer_form(example.target) for example in examples})
+    forms = sorted({answers.answer_form(example.target, str(example.meta["answer"])) for example in examples})
     conditions = {"extraction": "strict: " + ", ".join(forms)}
     return KindScores("exact_match", strict, {"exact_match_flexible": flexible}, conditions)
 

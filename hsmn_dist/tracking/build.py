@@ -28,6 +28,7 @@ class TrackedRun:
         run_id: its id; unique among all runs of the experiment.
         stage: such as "00_math", which is also the folder's name under `stages/`; "" for the curriculum as a whole.
         first_step: the first step number that will be logged; what the files hold beyond it is cut (see JsonlTracker).
+            None keeps what is there, as the curriculum's own run does.
         tags: git commit, cluster, model family and the like.
     """
 
@@ -35,7 +36,7 @@ class TrackedRun:
     run_folder: Path
     run_id: str
     stage: str = ""
-    first_step: int = 0
+    first_step: int | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -49,6 +49,7 @@ from hsmn_dist.evaluation.answers import (
         ("True", "true"),
         ("(A)", "(a)"),
         ("10,000,000", "10000000"),
+        ("\\textbf{(C)}\\ 8", "8"),
     ],
 )
 def test_spellings_of_one_answer_are_the_same(answer, gold):
@@ -88,9 +89,10 @@ def test_numbers_are_exact():
 
 
 def test_the_strict_form_is_the_one_of_the_target():
-    assert answer_form("so 6.\n#### 6") == "hashes"
-    assert answer_form("thus $\\boxed{6}$.") == "boxed"
-    assert answer_form("six") == "line"
+    assert answer_form("so 6.\n#### 6", "6") == "hashes"
+    assert answer_form("thus $\\boxed{6}$.", "6") == "boxed"
+    assert answer_form("six", "six") == "line"
+    assert answer_form("2 + 4 makes six, as was to be found", "six") == "boxed", "nothing marks the answer"
     assert strict_answer("2*3 = 6\n#### 6\n\nProblem: 7", "hashes") == "6"
     assert strict_answer("the answer is 6", "hashes") is None
     assert strict_answer("no box", "boxed") is None

@@ -50,7 +50,6 @@ KIND_OF_DATASET = {
     "wizardlm": "free_text",
     "owasp": "free_text",
 }
-GENERATED = {"exact_answer", "open_question", "free_text", "dialogue"}
 NUM_EXAMPLES = 60
 SETTINGS = EvaluationConfig(num_examples=NUM_EXAMPLES, num_loss_examples=NUM_EXAMPLES, max_new_tokens=40)
 
@@ -80,7 +79,9 @@ def test_the_oracle_scores_one_and_a_model_that_knows_nothing_scores_chance(name
             assert value >= ceiling(examples) - 1e-9, metric
     uniform = evaluate_task(UniformTextModel(), name, examples, SETTINGS)
     low, high = uniform.interval
-    assert low - 1e-9 <= chance(examples) <= high + 1e-9 or uniform.score == pytest.approx(chance(examples), abs=0.05)
+    # Random letters share some n-grams with any text, so chrF is a little above 0.
+    slack = 0.1 if KIND_OF_DATASET[name] in ("free_text", "dialogue") else 1e-9
+    assert low - slack <= chance(examples) <= high + slack
 
 
 def worst(result) -> list[str]:
