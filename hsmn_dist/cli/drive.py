@@ -6,15 +6,18 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import typer
 from rich.console import Console
 
 from hsmn_dist.cli.live_view import LiveView
-from hsmn_dist.cli.progress import console_progress
+from hsmn_dist.cli.prepare import terminal_progress
 from hsmn_dist.config.cluster import ClusterConfig
+from hsmn_dist.foundation.errors import Preempted
 from hsmn_dist.orchestration.curriculum import Run, record_prepared, run_curriculum
 from hsmn_dist.orchestration.launcher import LocalLauncher, StageLauncher
-from hsmn_dist.orchestration.report import write_report
+from hsmn_dist.orchestration.report import open_parent_tracker, write_report
 from hsmn_dist.orchestration.stage import training_stages
+from hsmn_dist.tracking.tracker import FinishStatus
 
 
 def build_launcher(name: str, cluster: ClusterConfig) -> StageLauncher:
@@ -32,10 +35,19 @@ def drive(run: Run, launcher_name: str, quiet: bool = False) -> Path:
     folder = run.folder
     console.print(f"run {folder.run_id} in {folder.path}", highlight=False)
     launcher = build_launcher(launcher_name, run.config.cluster)
-    with _view(run, console, quiet):
-        run_curriculum(run, launcher, lambda run: _prepare(run, console), write_report)
+    tracker = open_parent_tracker(run.config, folder)
+    status: FinishStatus = "failed"
+    try:
+        with _view(run, console, quiet):
+            run_curriculum(run, launcher, _prepare, lambda run: write_report(run.folder, tracker))
+        status = "finished"
+    except Preempted:
+        status = "preempted"
+        raise
+    finally:
+        tracker.finish(status)
     lines = [(folder.path / "scorecard.md").read_text(encoding="utf-8"), *_next_commands(run)]
-    Console().print("\n".join(lines), highlight=False, markup=False)
+    typer.echo("\n".join(lines))
     return folder.scorecard
 
 
@@ -48,19 +60,15 @@ def _view(run: Run, console: Console, quiet: bool) -> Iterator[None]:
         yield
 
 
-def _prepare(run: Run, console: Console) -> None:
+def _prepare(run: Run) -> None:
     """Shards of every dataset of the curriculum; reused when an earlier run made the same."""
     from hsmn_dist.data.prepare import prepare_curriculum
 
     config = run.config
-    datasets = {dataset.name: dataset for stage in config.curriculum.stages for dataset in stage.datasets}
-    prepared = prepare_curriculum(
-        list(datasets.values()),
-        config.data,
-        config.tokenizer,
-        Path(config.run_root) / "prepared",
-        progress=console_progress(console),
-    )
+    datasets = [dataset for stage in config.curriculum.stages for dataset in stage.datasets]
+    root = Path(config.run_root) / "prepared"
+    with terminal_progress() as progress:
+        prepared = prepare_curriculum(datasets, config.data, config.tokenizer, root, progress)
     record_prepared(run.folder, prepared.tokenizer_path, prepared.folders)
 
 

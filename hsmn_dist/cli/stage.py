@@ -1,4 +1,7 @@
-"""hsmn-dist stage: run stages of a run as one rank. torchrun starts it; a bare shell can too (one rank)."""
+"""hsmn-dist stage: run stages of a run as one rank. torchrun starts it; a bare shell can too (one rank).
+
+torchrun takes `--run` for an abbreviation of its own `--run-path`, wherever it stands: behind torchrun the option is `--run-folder`.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ import typer
 
 from hsmn_dist.foundation.errors import ConfigError
 
-EXAMPLE = "Example: torchrun --nproc-per-node 2 -m hsmn_dist stage --run runs/RUN_ID --index 0"
+EXAMPLE = "Example: torchrun --nproc-per-node 2 -m hsmn_dist stage --run-folder runs/RUN_ID --index 0"
 
 
 def command(
-    run: Path = typer.Option(..., help="Run folder, made by `hsmn-dist run`."),
+    run: Path = typer.Option(..., "--run-folder", "--run", help="Run folder, made by `hsmn-dist run`."),
     index: int = typer.Option(0, min=0, help="First stage to run, from 0."),
     through: int = typer.Option(-1, help="Last stage to run; the first one alone when absent."),
     attempt: str = typer.Option("", help="Attempt token; the run's present one when absent."),

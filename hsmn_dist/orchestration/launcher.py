@@ -145,7 +145,7 @@ class LocalLauncher:
         words += ["--nnodes", "1", "--nproc-per-node", str(self._cluster.ranks_per_node)]
         words += ["--max-restarts", str(self._cluster.max_failures)]
         words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
-        words += ["-m", "hsmn_dist", "stage", "--run", specs[0].run_folder, "--attempt", specs[0].attempt]
+        words += ["-m", "hsmn_dist", "stage", "--run-folder", specs[0].run_folder, "--attempt", specs[0].attempt]
         return [*words, "--index", str(specs[0].index), "--through", str(specs[-1].index)]
 
 

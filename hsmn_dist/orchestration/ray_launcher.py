@@ -7,6 +7,7 @@ use is in this file.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -74,7 +75,7 @@ class RayLauncher:
         arguments: dict[str, Any] = {
             "runtime_env": {"env_vars": variables},
             "log_to_driver": False,
-            "logging_level": "WARNING",
+            "logging_level": logging.WARNING,
         }
         if cluster.ray_address:
             ray.init(address=cluster.ray_address, **arguments)

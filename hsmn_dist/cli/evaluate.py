@@ -1,0 +1,106 @@
+"""hsmn-dist evaluate: score the weights of a run on its own tasks, on prepared shards, or on a file of rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from hsmn_dist.foundation.errors import ConfigError
+
+EXAMPLE = (
+    "Examples: hsmn-dist evaluate latest;  hsmn-dist evaluate RUN --dataset gsm8k --source rows.jsonl --num-examples 50"
+)
+
+
+def command(
+    run: str = typer.Argument(help="Run id, its beginning or end, a path, `latest`, or a folder of weights."),
+    stage: int | None = typer.Option(None, help="Stage whose weights are scored; the newest complete one when absent."),
+    task: list[str] = typer.Option([], help="Task of the run; all of them when absent. May be repeated."),
+    dataset: str = typer.Option("", help="Score this dataset instead of the run's tasks."),
+    source: str = typer.Option("", help="Local rows of --dataset; empty: built-in rows or the hub."),
+    num_examples: int | None = typer.Option(None, help="Examples per task; the configuration's when absent."),
+    max_new_tokens: int | None = typer.Option(None, help="Longest answer; the configuration's when absent."),
+    runs_model_code: bool = typer.Option(False, "--run-model-code", help="Run model-written programs in the sandbox."),
+    run_root: Path = typer.Option(Path("runs"), help="Folder of runs."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Score weights on test examples and print every score with its conditions."""
+    from hsmn_dist.config.evaluation import EvaluationConfig
+    from hsmn_dist.evaluation.runner import evaluate_task
+    from hsmn_dist.orchestration.trained_model import load_trained
+
+    trained = load_trained(run, run_root, stage)
+    settings = trained.config.evaluation if trained.config else EvaluationConfig()
+    changes: dict[str, Any] = {"runs_model_code": runs_model_code or settings.runs_model_code}
+    if num_examples is not None:
+        changes |= {"num_examples": num_examples, "num_loss_examples": num_examples}
+    if max_new_tokens is not None:
+        changes["max_new_tokens"] = max_new_tokens
+    settings = EvaluationConfig.model_validate({**settings.model_dump(), **changes})
+    model = trained.text_model(settings.batch_examples)
+    limit = max(settings.num_examples, settings.num_loss_examples)
+    results = [
+        evaluate_task(model, name, examples, settings, split).to_json()
+        for name, split, examples in _examples(trained, dataset, source, task, limit)
+    ]
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+    else:
+        _print(results)
+
+
+def _examples(
+    trained: Any, dataset: str, source: str, tasks: list[str], limit: int
+) -> list[tuple[str, str, list[Any]]]:
+    """(task, split, examples) of what is to be scored."""
+    if dataset:
+        from itertools import islice
+
+        from hsmn_dist.config.data import DatasetConfig
+        from hsmn_dist.data.builtin import preprocessor_of
+        from hsmn_dist.data.preprocessors.base import SkipCounter, require_usable
+        from hsmn_dist.data.raw_reader import read_rows
+
+        skipped = SkipCounter()
+        rows = read_rows(DatasetConfig(name=dataset, source=source, num_examples=limit))
+        examples = list(islice(preprocessor_of(dataset)(rows, skipped), limit))
+        require_usable(dataset, len(examples), skipped)
+        return [(dataset, "all", examples)]
+    if trained.config is None:
+        raise ConfigError(
+            "weights outside a run have no tasks", allowed="--dataset NAME, with --source FILE", action="name a dataset"
+        )
+    from hsmn_dist.data.shards.reader import read_examples
+    from hsmn_dist.foundation.files import read_json
+    from hsmn_dist.orchestration.stage_evaluation import task_folders
+
+    folders = task_folders(trained.config, read_json(trained.folder.prepared))
+    unknown = [name for name in tasks if name not in folders]
+    if unknown:
+        raise ConfigError(f"--task {unknown[0]}", allowed=", ".join(folders), action="choose one of the run's tasks")
+    found = []
+    for name in tasks or list(folders):
+        share = -(-limit // len(folders[name]))
+        found.append((name, "test", [row for folder in folders[name] for row in read_examples(folder, "test", share)]))
+    return found
+
+
+def _print(results: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "metric", "score", "95% interval", "loss", "bits/byte", "examples")
+    for result in results:
+        score = "not measured" if result["score"] is None else f"{100 * result['score']:.1f}%"
+        low_high = result["interval"]
+        interval = f"{100 * low_high[0]:.1f} to {100 * low_high[1]:.1f}" if low_high else ""
+        loss = f"{result['nll_per_token']:.3f}" if result["nll_per_token"] is not None else ""
+        bits = f"{result['bits_per_byte']:.3f}" if result["bits_per_byte"] is not None else ""
+        table.add_row(result["task"], result["metric"], score, interval, loss, bits, str(result["num_examples"]))
+    Console().print(table)
+    for result in results:
+        if result["reason"]:
+            typer.echo(f"{result['task']}: {result['reason']}")

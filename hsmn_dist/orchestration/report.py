@@ -1,0 +1,169 @@
+"""From a run folder to its scorecard, figures and the parent run of the tracker. Reads files alone, so it can be done again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hsmn_dist.config.load import config_digest
+from hsmn_dist.config.run import RunConfig
+from hsmn_dist.evaluation.figures import loss_figure, matrix_figure
+from hsmn_dist.evaluation.scorecard import Scorecard, StageLine, build_scorecard
+from hsmn_dist.evaluation.scorecard_files import write_scorecard
+from hsmn_dist.evaluation.task_result import TaskResult
+from hsmn_dist.foundation.errors import CheckpointError
+from hsmn_dist.foundation.files import read_json
+from hsmn_dist.orchestration.curriculum import load_stored_config
+from hsmn_dist.orchestration.run_folder import RunFolder
+from hsmn_dist.orchestration.stage import training_stages
+from hsmn_dist.tracking import metric_names
+from hsmn_dist.tracking.build import TrackedRun, build_tracker
+from hsmn_dist.tracking.jsonl_tracker import read_series
+from hsmn_dist.tracking.tracker import Tracker
+
+TRANSFER_NAMES = {
+    "average_accuracy": metric_names.TRANSFER_AVERAGE_ACCURACY,
+    "backward_transfer": metric_names.TRANSFER_BACKWARD,
+    "forward_transfer": metric_names.TRANSFER_FORWARD,
+    "forgetting": metric_names.TRANSFER_FORGETTING,
+}
+
+
+def run_tags(config: RunConfig, folder: RunFolder) -> dict[str, str]:
+    """Searchable labels of the parent run and its stages."""
+    origin = read_json(folder.provenance)
+    return {
+        "family": config.model.family,
+        "method": config.continual.method,
+        "git_commit": origin["git_commit"],
+        "config_digest": config_digest(config)[:16],
+        "cluster": f"{config.cluster.num_nodes}x{config.cluster.ranks_per_node} {config.cluster.device}",
+    }
+
+
+def open_parent_tracker(config: RunConfig, folder: RunFolder) -> Tracker:
+    """The tracker of the curriculum as a whole, with the run's settings logged."""
+    tracked = TrackedRun(folder.root, folder.path, folder.run_id, tags=run_tags(config, folder))
+    tracker = build_tracker(config.tracking, tracked)
+    tracker.log_params(config.model_dump(mode="json", exclude={"curriculum", "tracking"}))
+    tracker.log_artifact(folder.config)
+    return tracker
+
+
+def finished_results(config: RunConfig, folder: RunFolder) -> list[dict[str, Any]]:
+    """`results.json` of every complete stage, in order, up to the first that is not complete."""
+    results = []
+    for index, stage in enumerate(training_stages(config)):
+        stage_folder = folder.stage(index, stage.name)
+        if not stage_folder.is_complete:
+            break
+        results.append(read_json(stage_folder.results))
+    return results
+
+
+def scorecard_of(folder: RunFolder) -> Scorecard:
+    """The scorecard of what is finished of a run.
+
+    Raises:
+        CheckpointError: no stage is complete.
+    """
+    config = load_stored_config(folder)
+    results = finished_results(config, folder)
+    if not results:
+        raise CheckpointError(
+            f"run {folder.run_id} has no complete stage",
+            allowed="a run with at least one stage that has its COMPLETE manifest",
+            action=f"hsmn-dist run --resume {folder.run_id}",
+        )
+    baseline = read_json(folder.baseline)["tasks"] if folder.baseline.is_file() else None
+    return build_scorecard(
+        _run_facts(config, folder, results),
+        [_stage_line(result) for result in results],
+        [_task_results(result["tasks"]) for result in results],
+        None if baseline is None else _task_results(baseline),
+        references=_references(),
+        contamination=_contamination(config, folder),
+        reproduce=[f"hsmn-dist run {folder.config}", f"hsmn-dist scorecard {folder.run_id}"],
+        bootstrap_samples=config.evaluation.bootstrap_samples,
+    )
+
+
+def write_report(folder: RunFolder, tracker: Tracker) -> None:
+    """Scorecard (JSON, Markdown, HTML, PNG) and figures into the run folder and the tracker."""
+    card = scorecard_of(folder)
+    config = load_stored_config(folder)
+    figures = folder.path / "figures"
+    figures.mkdir(exist_ok=True)
+    series = {
+        stage.name: read_series(folder.stage(index, stage.name).metrics)
+        for index, stage in enumerate(training_stages(config)[: len(card.stages)])
+    }
+    pictures = [
+        matrix_figure(card, figures / "accuracy_matrix.png"),
+        loss_figure(series, figures / "losses.png"),
+    ]
+    written = write_scorecard(card, folder.path)
+    for picture in [*pictures, written["png"]]:
+        tracker.log_figure(picture)
+    for path in written.values():
+        tracker.log_artifact(path)
+    last = len(card.stages) - 1
+    values = {
+        name: float(card.transfer_scores[key])
+        for key, name in TRANSFER_NAMES.items()
+        if card.transfer_scores is not None and card.transfer_scores.get(key) is not None
+    }
+    for task in card.tasks:
+        final = card.final(task)
+        if final is not None and final["score"] is not None:
+            values[metric_names.task_score(task, final["metric"])] = final["score"]
+        if final is not None and final["nll_per_token"] is not None:
+            values[metric_names.task_loss(task)] = final["nll_per_token"]
+    tracker.log_metrics(values, last)
+
+
+def _run_facts(config: RunConfig, folder: RunFolder, results: list[dict[str, Any]]) -> dict[str, Any]:
+    origin = read_json(folder.provenance)
+    return {
+        "run_id": folder.run_id,
+        "family": config.model.family,
+        "num_parameters": results[0]["training"].get("num_parameters"),
+        "method": config.continual.method,
+        "strength": config.continual.strength,
+        "estimator": config.continual.fisher.estimator,
+        "seed": config.seed,
+        "zero_stage": config.training.zero_stage,
+        "precision": config.training.precision,
+        "device": config.cluster.device_name or config.cluster.device,
+        "world_size": config.cluster.num_nodes * config.cluster.ranks_per_node,
+        "config_digest": origin["config_digest"],
+        "git_commit": origin["git_commit"],
+        "packages": origin["packages"],
+        "created": origin["created"],
+        "datasets": {stage.name: [dataset.name for dataset in stage.datasets] for stage in config.curriculum.stages},
+    }
+
+
+def _stage_line(result: dict[str, Any]) -> StageLine:
+    training = result["training"]
+    known = {"steps", "target_tokens", "seconds", "first_validation_loss", "best_validation_loss", "num_parameters"}
+    return StageLine(
+        name=result["stage"],
+        steps=training.get("steps"),
+        target_tokens=training.get("target_tokens"),
+        seconds=training.get("seconds"),
+        first_validation_loss=training.get("first_validation_loss"),
+        best_validation_loss=training.get("best_validation_loss"),
+        extra={key: value for key, value in training.items() if key not in known},
+    )
+
+
+def _task_results(tasks: dict[str, Any]) -> dict[str, TaskResult]:
+    return {name: TaskResult.from_json(value) for name, value in tasks.items()}
+
+
+def _references() -> list[dict[str, Any]]:
+    return []
+
+
+def _contamination(config: RunConfig, folder: RunFolder) -> dict[str, dict[str, Any]]:
+    return {}

@@ -1,0 +1,250 @@
+"""One stage on one rank: engine, stream, penalty and tracker are built in this order, then training, Fisher, export."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hsmn_dist.config.curriculum import StageConfig
+from hsmn_dist.continual.ewc import EwcMemory, EwcPenalty
+from hsmn_dist.continual.fisher import fisher_record
+from hsmn_dist.continual.store import load_store, save_store
+from hsmn_dist.data.stream.cursor import Cursor
+from hsmn_dist.data.stream.loader import Batch, StreamLoader, build_loader, iter_split
+from hsmn_dist.data.stream.plan import StreamSettings, StreamSource
+from hsmn_dist.data.tokenizer import TOKENIZER_NAME
+from hsmn_dist.distributed.collectives import barrier, broadcast_object
+from hsmn_dist.distributed.determinism import derived_seed, seed_everything
+from hsmn_dist.models.build import build_model
+from hsmn_dist.optim.schedules import learning_rate
+from hsmn_dist.orchestration.rank_context import RankContext
+from hsmn_dist.orchestration.report import run_tags
+from hsmn_dist.orchestration.run_folder import StageFolder
+from hsmn_dist.orchestration.stage import StageSpec, training_stages
+from hsmn_dist.tracking import metric_names
+from hsmn_dist.tracking.build import TrackedRun, build_tracker
+from hsmn_dist.tracking.tracker import FinishStatus, Tracker
+from hsmn_dist.training.build import build_engine
+from hsmn_dist.training.checkpoint import Checkpointer
+from hsmn_dist.training.engine import Engine
+from hsmn_dist.training.export import export_weights, load_weights
+from hsmn_dist.training.fisher_pass import run_fisher
+from hsmn_dist.training.loop import TrainParts, TrainResult, train
+
+PROTECTING = ("ewc", "ewc+replay", "l2")
+REPLAYING = ("replay", "ewc+replay")
+
+
+class StageTraining:
+    """Trains one stage; every rank makes one and calls `run`."""
+
+    def __init__(self, context: RankContext, spec: StageSpec) -> None:
+        self._context = context
+        self._spec = spec
+        self._config = context.config
+        self._stages = training_stages(context.config)
+        self._stage: StageConfig = self._stages[spec.index]
+        self._folder: StageFolder = context.folder.stage(spec.index, spec.name)
+        self._num_steps = self._stage.max_steps or self._config.training.max_steps
+        self._checkpointer = Checkpointer(
+            self._folder.checkpoints, context.world, self._config.training.keep_last_checkpoints, context.fence.check
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Train, take the Fisher, export the weights; returns the summary that goes into `results.json`."""
+        engine = self._build_engine()
+        memory = self._earlier_tasks(engine)
+        newest = self._checkpointer.newest()
+        first_step = int(newest.name.rsplit("_", 1)[1]) if newest is not None else 0
+        tracker = self._open_tracker(first_step)
+        status: FinishStatus = "failed"
+        try:
+            result = self._train(engine, memory, tracker)
+            summary = self._summary(engine, result)
+            summary["fisher"] = self._remember(engine, memory, tracker)
+            self._export(engine, result)
+            status = "finished"
+        finally:
+            tracker.finish(status if not self._context.wants_to_stop() else "preempted")
+            engine.close()
+        return summary
+
+    def _build_engine(self) -> Engine:
+        """Weights are drawn from the run's seed, the same on all ranks; later stages take over the stage before's."""
+        config = self._config
+        seed_everything(config.seed)
+        engine = build_engine(config.training, self._optim(), lambda: build_model(config.model), self._context.world)
+        if self._spec.index > 0:
+            before = self._stages[self._spec.index - 1]
+            engine.load_weights(load_weights(self._context.folder.stage(self._spec.index - 1, before.name).weights))
+        seed_everything(derived_seed(config.seed, "stage", self._spec.index), self._context.world.rank)
+        return engine
+
+    def _optim(self) -> Any:
+        optim = self._config.optim
+        if self._stage.learning_rate is None:
+            return optim
+        optimizer = optim.optimizer.model_copy(update={"learning_rate": self._stage.learning_rate})
+        return optim.model_copy(update={"optimizer": optimizer})
+
+    def _earlier_tasks(self, engine: Engine) -> EwcMemory:
+        """What the stages before ask to be kept: the merged store of the last one, or nothing yet."""
+        shards = engine.param_shards(with_gradients=False)
+        if self._spec.index == 0 or self._config.continual.method not in PROTECTING:
+            return EwcMemory.empty(shards)
+        before = self._stages[self._spec.index - 1]
+        return load_store(self._context.folder.stage(self._spec.index - 1, before.name).ewc, shards)
+
+    def _open_tracker(self, first_step: int) -> Tracker:
+        folder, config = self._context.folder, self._config
+        tracked = TrackedRun(
+            folder.root, folder.path, folder.run_id, self._folder.path.name, first_step, run_tags(config, folder)
+        )
+        tracker = build_tracker(config.tracking, tracked, self._context.world.rank)
+        tracker.log_params(self._stage.model_dump(mode="json"))
+        return tracker
+
+    def _train(self, engine: Engine, memory: EwcMemory, tracker: Tracker) -> TrainResult:
+        config, heart = self._config, self._context.heart
+        schedule, peak = config.optim.schedule, self._optim().optimizer.learning_rate
+        heart.beat(phase="train", step=0, num_steps=self._num_steps)
+
+        def on_step(step: int, loss: float | None, rate: float | None) -> None:
+            heart.beat(step=step, num_steps=self._num_steps, loss=loss, tokens_per_second=rate)
+
+        return train(
+            TrainParts(
+                engine=engine,
+                world=self._context.world,
+                training=config.training,
+                num_steps=self._num_steps,
+                learning_rate=lambda step: learning_rate(schedule, peak, step, self._num_steps),
+                open_stream=self._open_stream,
+                validation_batches=self._validation_batches,
+                checkpointer=self._checkpointer,
+                tracker=tracker,
+                penalty=self._penalty(engine, memory),
+                on_step=on_step,
+                should_stop=self._context.wants_to_stop,
+            )
+        )
+
+    def _penalty(self, engine: Engine, memory: EwcMemory) -> EwcPenalty | None:
+        continual = self._config.continual
+        if not memory.tasks:
+            return None
+        strength = continual.strength if self._stage.strength is None else self._stage.strength
+        return EwcPenalty(
+            memory, strength, continual.application, continual.component_strength, engine.num_shard_copies
+        )
+
+    def _sources(self, stage: StageConfig) -> list[StreamSource]:
+        folders = self._context.prepared["folders"]
+        return [StreamSource(Path(folders[dataset.name]), dataset.weight) for dataset in stage.datasets]
+
+    def _open_stream(self, cursor: dict[str, Any] | None) -> StreamLoader:
+        config, world = self._config, self._context.world
+        earlier = self._stages[: self._spec.index] if config.continual.method in REPLAYING else ()
+        settings = StreamSettings.from_config(
+            config.data,
+            global_batch_examples=config.training.global_batch_examples,
+            micro_batch_examples=config.training.micro_batch_examples,
+            seed=derived_seed(config.seed, "stream", self._spec.index) % 2**31,
+            replay=[source for stage in earlier for source in self._sources(stage)],
+            replay_fraction=config.continual.replay_fraction,
+        )
+        start = None if cursor is None else Cursor.from_json(cursor)
+        return build_loader(self._sources(self._stage), "train", settings, world.rank, world.world_size, start)
+
+    def _split_batches(self, split: str, micro_batch: int, num_examples: int, seed: int | None) -> Iterator[Batch]:
+        """`num_examples` of a split, an equal part from each dataset of the stage."""
+        world, sources = self._context.world, self._sources(self._stage)
+        share = -(-num_examples // len(sources))
+        for source in sources:
+            yield from iter_split(
+                source.folder, split, micro_batch, world.rank, world.world_size, share, shuffle_seed=seed
+            )
+
+    def _validation_batches(self) -> Iterator[Batch]:
+        training = self._config.training
+        return self._split_batches("validation", training.micro_batch_examples, training.num_validation_examples, None)
+
+    def _remember(self, engine: Engine, memory: EwcMemory, tracker: Tracker) -> dict[str, Any] | None:
+        """Measure what this stage needs kept and write it, merged with the stages before, to the stage's store."""
+        continual, world = self._config.continual, self._context.world
+        if continual.method not in PROTECTING:
+            return None
+        shards = engine.param_shards(with_gradients=False)
+        if continual.method == "l2":
+            memory.replace_by_l2(shards, self._spec.name)
+        else:
+            fisher, record = self._fisher(engine, tracker)
+            memory.add_task(shards, fisher, record, continual.online_decay)
+        self._context.check_together()
+        save_store(self._folder.ewc, memory, world, engine.num_shard_copies)
+        return dataclasses.asdict(memory.tasks[-1])
+
+    def _fisher(self, engine: Engine, tracker: Tracker) -> tuple[Any, Any]:
+        config = self._config.continual.fisher
+        batches = lambda: self._split_batches(  # noqa: E731
+            "train", config.micro_batch_examples, config.num_fisher_examples, config.seed
+        )
+        total = sum(self._counts(batches))
+        heart = self._context.heart
+        heart.beat(phase="fisher", step=0, num_steps=total)
+
+        def progress(done: int, of: int) -> None:
+            heart.beat(step=done, num_steps=of)
+
+        fisher = run_fisher(engine, batches(), config, self._context.world, total, progress)
+        tracker.log_metrics({metric_names.FISHER_EXAMPLES: float(total)}, self._num_steps)
+        return fisher, fisher_record(self._spec.name, config, total)
+
+    def _counts(self, batches: Callable[[], Iterator[Batch]]) -> Iterator[int]:
+        """Examples that the Fisher uses from each dataset, over all ranks."""
+        from hsmn_dist.data.stream.loader import open_split
+
+        sources = self._sources(self._stage)
+        share = -(-self._config.continual.fisher.num_fisher_examples // len(sources))
+        for source in sources:
+            reader = open_split(source.folder, "train")
+            yield min(len(reader), share)
+            reader.close()
+
+    def _export(self, engine: Engine, result: TrainResult) -> None:
+        self._context.heart.beat(phase="export")
+        self._context.check_together()
+        facts = {"stage": self._spec.name, "run_id": self._context.folder.run_id, "step": result.best_step}
+        export_weights(engine, self._config.model, self._folder.weights, facts)
+        if self._context.world.is_first:
+            shutil.copyfile(self._context.prepared["tokenizer"], self._folder.weights / TOKENIZER_NAME)
+        barrier()
+
+    def _summary(self, engine: Engine, result: TrainResult) -> dict[str, Any]:
+        shapes = {shard.name: shard.shape for shard in engine.param_shards(with_gradients=False)}
+        num_parameters = sum(_num_elements(shape) for shape in shapes.values())
+        return broadcast_object(
+            {
+                "steps": result.num_steps,
+                "target_tokens": result.num_tokens,
+                "seconds": result.seconds,
+                "first_validation_loss": result.first_loss,
+                "best_validation_loss": result.best_loss,
+                "last_validation_loss": result.last_loss,
+                "best_step": result.best_step,
+                "stopped_early": result.stopped_early,
+                "skipped_steps": result.num_skipped_steps,
+                "num_examples": result.num_examples,
+                "num_parameters": num_parameters,
+            }
+        )
+
+
+def _num_elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,184 @@
+"""The whole job, for real: rows to scorecard under Ray and under torchrun, killed and resumed, and refused for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from hsmn_dist.orchestration.journal import read_events, run_status
+from hsmn_dist.orchestration.run_folder import RunFolder
+from tests.support.whole_job import (
+    DEMO,
+    command_line,
+    environment,
+    final_weights,
+    losses,
+    only_run,
+    run_command,
+    scorecard,
+    settings,
+)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all runs of this file: prepared shards are shared, as they are for users."""
+    return tmp_path_factory.mktemp("job")
+
+
+@pytest.fixture(scope="session")
+def local_run(workplace: Path) -> RunFolder:
+    """The undisturbed run under torchrun, two ranks, ZeRO-2."""
+    done = run_command("run", str(DEMO["hsmn"]), "--launcher", "local", *settings("name=undisturbed"), folder=workplace)
+    assert done.status == 0, done.errors
+    return only_run(workplace / "runs")
+
+
+def test_a_run_leaves_every_stage_complete_and_a_scorecard(local_run: RunFolder) -> None:
+    assert run_status(read_events(local_run.journal)) == "complete"
+    card = scorecard(local_run)
+    stages = sorted((local_run.path / "stages").iterdir())
+    assert [stage.name for stage in stages] == ["00_word_problems", "01_stdlib_code", "02_passkey"]
+    for stage in stages:
+        assert (stage / "COMPLETE").is_file()
+        assert (stage / "metrics.jsonl").is_file()
+    for suffix in (".json", ".md", ".png"):
+        assert local_run.scorecard.with_suffix(suffix).stat().st_size > 0
+    assert "word_problems" in json.dumps(card)
+
+
+def test_training_loss_falls_in_every_stage(local_run: RunFolder) -> None:
+    for stage, points in losses(local_run).items():
+        values = [value for _, value in points]
+        assert values[-1] < values[0], f"{stage}: {values}"
+
+
+@pytest.mark.ray
+def test_ray_and_torchrun_give_the_same_losses_and_weights_bit_for_bit(workplace: Path, local_run: RunFolder) -> None:
+    root = workplace / "ray_runs"
+    words = settings("name=under_ray", f"run_root={root}", "tracking.backend=mlflow")
+    done = run_command("run", str(DEMO["hsmn"]), "--launcher", "ray", *words, folder=workplace)
+    assert done.status == 0, done.errors
+    folder = only_run(root)
+    assert losses(folder) == losses(local_run)
+    assert final_weights(folder) == final_weights(local_run)
+    assert "mlflow ui" in done.output
+
+
+def wait_for(condition: object, seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.1)
+
+
+def group_members(leader: int) -> list[int]:
+    """Living processes whose ancestor is `leader`, by /proc."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if fields[0] != "Z":
+                parents[int(entry.name)] = int(fields[1])
+    found, frontier = [], [leader]
+    while frontier:
+        children = [child for child, parent in parents.items() if parent in frontier]
+        found += children
+        frontier = children
+    return found
+
+
+def kill_everything(process: subprocess.Popen[bytes]) -> None:
+    for member in [*group_members(process.pid), process.pid]:
+        try:
+            os.kill(member, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+def test_a_run_killed_in_stage_two_resumes_to_the_same_weights(workplace: Path, local_run: RunFolder) -> None:
+    words = settings("name=undisturbed", "run_root=killed_runs")
+    process = subprocess.Popen(
+        command_line("run", str(DEMO["hsmn"]), "--launcher", "local", *words),
+        cwd=workplace,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    root = workplace / "killed_runs"
+    try:
+        checkpoints = "*/stages/01_stdlib_code/checkpoints/step_*"
+        wait_for(lambda: list(root.glob(checkpoints)), 200, "a checkpoint of stage 2")
+    finally:
+        kill_everything(process)
+    folder = only_run(root)
+    assert not folder.stage(1, "stdlib_code").is_complete, "the kill came too late to test anything"
+    done = run_command(
+        "run", "--resume", folder.run_id, "--launcher", "local", "--run-root", str(root), folder=workplace
+    )
+    assert done.status == 0, done.errors
+    assert final_weights(folder) == final_weights(local_run)
+    assert losses(folder) == losses(local_run)
+
+
+def test_terminated_run_is_preempted_and_resumes(workplace: Path, local_run: RunFolder) -> None:
+    words = settings("name=undisturbed", "run_root=preempted_runs")
+    process = subprocess.Popen(
+        command_line("run", str(DEMO["hsmn"]), "--launcher", "local", *words),
+        cwd=workplace,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    root = workplace / "preempted_runs"
+    try:
+        wait_for(lambda: list(root.glob("*/stages/00_word_problems/metrics.jsonl")), 200, "the first step")
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=100)
+    finally:
+        kill_everything(process)
+    assert process.returncode == 75, errors.decode()
+    folder = only_run(root)
+    assert run_status(read_events(folder.journal)) == "preempted"
+    done = run_command("run", "--resume", "latest", "--launcher", "local", "--run-root", str(root), folder=workplace)
+    assert done.status == 0, done.errors
+    assert final_weights(folder) == final_weights(local_run)
+
+
+def test_hope_runs_on_one_rank_with_the_local_engine(workplace: Path) -> None:
+    words = settings("run_root=hope_runs", "training.engine=local", "cluster.ranks_per_node=1", "tracking.backend=none")
+    done = run_command("run", str(DEMO["hope"]), "--launcher", "local", *words, folder=workplace)
+    assert done.status == 0, done.errors
+    assert scorecard(only_run(workplace / "hope_runs"))
+
+
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        (["training.zero_stag=1"], ["unknown key 'training.zero_stag'", "did you mean 'zero_stage'?"]),
+        (["training.precision=bf16", "training.zero_stage=0"], ["bf16 with zero_stage 0"]),
+        (["curriculum.stages.1.datasets.0.source=absent.jsonl"], ["absent.jsonl"]),
+        (["curriculum.stages.1.datasets.0.name=gsm8kk"], ["gsm8kk", "gsm8k"]),
+    ],
+)
+def test_bad_input_ends_with_code_2_and_no_traceback(workplace: Path, assignments: list[str], words: list[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (workplace / "runs").glob("*/*")}
+    done = run_command("run", str(DEMO["hsmn"]), "--launcher", "local", *settings(*assignments), folder=workplace)
+    assert done.status == 2, done.errors
+    assert "Traceback" not in done.errors
+    assert "allowed:" in done.errors
+    assert "do:" in done.errors
+    for word in words:
+        assert word in done.errors
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
