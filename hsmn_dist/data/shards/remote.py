@@ -105,7 +105,7 @@ class RemoteFiles:
         Raises:
             FetchFailed: every attempt failed.
         """
-        path = self.folder / shard.name
+        path = self._local(shard)
         for _ in range(2):  # another process may remove the file between the look and the touch
             if path.is_file() and path.stat().st_size == shard.bytes:
                 with suppress(FileNotFoundError):
@@ -115,23 +115,27 @@ class RemoteFiles:
         return path
 
     def _fetch_once(self, shard: ShardEntry) -> None:
-        path = self.folder / shard.name
+        path = self._local(shard)
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f".{shard.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if path.is_file() and path.stat().st_size == shard.bytes:
                 return
-            self._fetch(shard.name, shard.sha256)
+            self._fetch(shard.name, shard.sha256, path)
         self._cut_back(keep=path)
 
-    def _fetch(self, name: str, sha256: str | None) -> None:
+    def _local(self, shard: ShardEntry) -> Path:
+        # Named by its content too: a folder prepared anew at the same URL never meets shards of the old one.
+        return self.folder / f"{shard.sha256[:16]}-{shard.name}"
+
+    def _fetch(self, name: str, sha256: str | None, path: Path | None = None) -> None:
         problem = ""
         for attempt in range(self._retry.attempts):
             if attempt:
                 self.num_retries += 1
                 self._retry.sleep(self._retry.wait_seconds(attempt - 1))
             try:
-                self._copy(name, sha256)
+                self._copy(name, sha256, path or self.folder / name)
                 self.num_fetched += 1
                 return
             except DataError:
@@ -145,10 +149,10 @@ class RemoteFiles:
             action="check the URL and the network; copy the folder again if the hash differs",
         )
 
-    def _copy(self, name: str, sha256: str | None) -> None:
+    def _copy(self, name: str, sha256: str | None, path: Path) -> None:
         # Whole file to a name of its own; it gets the real name only with the right hash.
         digest = hashlib.sha256()
-        with atomic_path(self.folder / name) as aside:
+        with atomic_path(path) as aside:
             with _open_url(f"{self._url}/{name}") as source, aside.open("wb") as target:
                 while block := source.read(_BLOCK_BYTES):
                     digest.update(block)

@@ -1,0 +1,198 @@
+"""Shards at a URL: fetched whole or not at all, checked on arrival, tried again, and kept within bounds."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hsmn_dist.data.shards import remote as remote_module
+from hsmn_dist.data.shards.reader import DamagedSample, SplitReader, open_folder, read_examples
+from hsmn_dist.data.shards.remote import FetchFailed, RemoteFiles, Retry, is_url
+from hsmn_dist.data.stream.loader import build_loader
+from hsmn_dist.data.stream.plan import StreamSettings, StreamSource
+from hsmn_dist.foundation.errors import DataError
+from tests.support.shards import write_folder
+
+NUM_SAMPLES = 50
+
+
+@dataclass
+class Store:
+    """A store that fails as told: `faults` maps a file's name to what its next openings do."""
+
+    faults: dict[str, list[str]] = field(default_factory=dict)
+    opened: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "far", NUM_SAMPLES)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
+    store = Store()
+    real = remote_module._open_url
+
+    class Cut:
+        def __init__(self, inner: Any, fault: str) -> None:
+            self._inner, self._fault, self._reads = inner, fault, 0
+
+        def __enter__(self) -> Cut:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self._inner.close()
+
+        def read(self, size: int) -> bytes:
+            self._reads += 1
+            if self._fault == "breaks" and self._reads == 2:
+                raise ConnectionResetError("connection reset by peer")
+            data: bytes = self._inner.read(1000 if self._fault == "breaks" else size)
+            if self._fault == "ends early":
+                return data[: len(data) // 2] if self._reads == 1 else b""
+            return bytes([data[0] ^ 1]) + data[1:] if self._fault == "flips a bit" and data else data
+
+    def open_url(url: str) -> Any:
+        name = url.rsplit("/", 1)[-1]
+        store.opened.append(name)
+        fault = store.faults.get(name, [])
+        kind = fault.pop(0) if fault else ""
+        if kind == "refuses":
+            raise ConnectionRefusedError("connection refused")
+        return Cut(real(url), kind)
+
+    monkeypatch.setattr(remote_module, "_open_url", open_url)
+    return store
+
+
+def far(folder: Path, cache: Path, cache_bytes: int = 2**30, waits: list[float] | None = None) -> RemoteFiles:
+    waits = [] if waits is None else waits
+    return RemoteFiles(f"file://{folder}", cache, cache_bytes, Retry(attempts=4, sleep=waits.append))
+
+
+def read_all(reader: SplitReader) -> list[list[int]]:
+    return [reader.read_tokens(number)[0].tolist() for number in range(len(reader))]
+
+
+def test_a_remote_folder_reads_like_a_local_one(folder: Path, tmp_path: Path, store: Store) -> None:
+    reader = SplitReader(f"file://{folder}", "train", far(folder, tmp_path / "cache"))
+    assert read_all(reader) == read_all(SplitReader(folder, "train"))
+    again = SplitReader(f"file://{folder}", "train", far(folder, tmp_path / "cache"))
+    store.opened.clear()
+    read_all(again)
+    assert not store.opened, "the second reader finds every shard in the cache"
+
+
+@pytest.mark.parametrize("fault", ["refuses", "breaks", "ends early", "flips a bit"])
+def test_a_fault_on_the_way_is_tried_again_with_growing_waits(
+    folder: Path, tmp_path: Path, store: Store, fault: str
+) -> None:
+    shard = sorted(folder.glob("*.tar"))[0].name
+    store.faults[shard] = [fault] * 3
+    waits: list[float] = []
+    remote = far(folder, tmp_path / "cache", waits=waits)
+    reader = SplitReader(f"file://{folder}", "train", remote)
+    assert read_all(reader) == read_all(SplitReader(folder, "train"))
+    assert remote.num_retries == 3 and waits == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("fault", ["refuses", "breaks", "ends early", "flips a bit"])
+def test_what_never_arrives_whole_is_never_trusted(folder: Path, tmp_path: Path, store: Store, fault: str) -> None:
+    shard = sorted(folder.glob("*.tar"))[0].name
+    store.faults[shard] = [fault] * 99
+    reader = SplitReader(f"file://{folder}", "train", far(folder, tmp_path / "cache"))
+    with pytest.raises(DamagedSample, match=f"{shard}.*after 4 attempts"):
+        reader.read_tokens(0)
+    num_opened = len(store.opened)
+    with pytest.raises(DamagedSample):
+        reader.read_tokens(1)
+    assert len(store.opened) == num_opened, "it is not fetched again for every sample"
+    assert not [
+        path for path in (tmp_path / "cache").rglob("*") if "tar" in path.name and not path.name.endswith(".lock")
+    ]
+
+
+def test_a_samples_file_with_another_hash_is_refused(folder: Path, tmp_path: Path, store: Store) -> None:
+    store.faults["train.samples.npy"] = ["flips a bit"] * 99
+    with pytest.raises(FetchFailed, match="SHA-256"):
+        SplitReader(f"file://{folder}", "train", far(folder, tmp_path / "cache"))
+
+
+def test_the_cache_stays_within_its_bound_and_drops_what_was_used_longest_ago(
+    folder: Path, tmp_path: Path, store: Store
+) -> None:
+    bound = 40_000
+    remote = far(folder, tmp_path / "cache", cache_bytes=bound)
+    reader = SplitReader(f"file://{folder}", "train", remote)
+    assert len(reader.entry.shards) >= 5
+    for number in range(len(reader)):
+        reader.read_tokens(number)
+        assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.tar")) <= bound
+    left = sorted(path.name.split("-", 1)[1] for path in (tmp_path / "cache").rglob("*.tar"))
+    assert left == [shard.name for shard in reader.entry.shards][-len(left) :]
+    assert read_all(SplitReader("file://x", "train", remote)) == read_all(SplitReader(folder, "train"))
+
+
+def test_a_folder_prepared_anew_at_the_same_url_is_fetched_anew(folder: Path, tmp_path: Path, store: Store) -> None:
+    read_all(SplitReader("file://x", "train", far(folder, tmp_path / "cache")))
+    shutil.rmtree(folder)
+    write_folder(folder, NUM_SAMPLES, name="ours")  # names of the same length: shards of the same size
+    reader = SplitReader("file://x", "train", far(folder, tmp_path / "cache"))
+    assert read_all(reader) == read_all(SplitReader(folder, "train"))
+
+
+def test_the_ranks_of_a_machine_fetch_a_shard_once(folder: Path, tmp_path: Path, store: Store) -> None:
+    readers = [SplitReader(f"file://{folder}", "train", far(folder, tmp_path / "cache")) for _ in range(6)]
+    threads = [threading.Thread(target=reader.read_tokens, args=(0,)) for reader in readers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.opened.count(readers[0].entry.shards[0].name) == 1
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[str]:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_a_stream_over_http_gives_the_batches_of_the_local_folder(folder: Path, server: str, tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    settings = StreamSettings(8, 4, seed=3, cache_folder=str(tmp_path / "cache"), loader_workers=2)
+    with (
+        build_loader([StreamSource(server)], "train", settings) as one,
+        build_loader([StreamSource(folder)], "train", settings) as two,
+    ):
+        for _ in range(8):
+            for ours, theirs in zip(next(one), next(two), strict=True):
+                assert ours["target_ids"].equal(theirs["target_ids"])
+
+
+def test_a_url_that_does_not_exist_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_module.Retry, "wait_seconds", lambda self, attempt: 0.0)
+    with pytest.raises(DataError, match=r"index\.json"):
+        open_folder(f"file://{tmp_path}/absent", "train", str(tmp_path / "cache"))
+
+
+def test_paths_are_not_urls(folder: Path) -> None:
+    assert not is_url(folder) and not is_url(str(folder)) and not is_url("relative/folder")
+    assert is_url("s3://bucket/x") and is_url("pipe:cat x")
+    assert len(list(read_examples(str(folder), "train", 2))) == 2
