@@ -95,6 +95,10 @@ class LanguageModel(nn.Module, abc.ABC):
         """As `forward`, for scoring on one process: a family may read a long target in windows. Equal results."""
         return self.forward(inputs, target_loss=target_loss)
 
+    def prunable_parameters(self) -> list[str]:
+        """Names of the weight matrices that magnitude pruning may thin out."""
+        return []
+
     @property
     def gathered_whole(self) -> tuple[type[nn.Module], ...]:
         """Module classes whose inner modules run a number of times that depends on the batch.

@@ -14,11 +14,12 @@ NUM_FREQUENCIES = 16
 LONGEST_PERIOD_CHUNKS = 100_000.0
 
 
-def span_features(centre: Tensor) -> Tensor:
-    """Sines and cosines [..., 2F] in fp32 of span centres [...], counted in chunks."""
-    exponent = torch.arange(NUM_FREQUENCIES, device=centre.device, dtype=torch.float32) / (NUM_FREQUENCIES - 1)
-    angle = centre.to(torch.float32)[..., None] * LONGEST_PERIOD_CHUNKS**-exponent
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+def span_features(centre: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sines and cosines [..., 2F] of span centres [...], counted in chunks; computed in fp32 at least."""
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    exponent = torch.arange(NUM_FREQUENCIES, device=centre.device, dtype=precise) / (NUM_FREQUENCIES - 1)
+    angle = centre.to(precise)[..., None] * LONGEST_PERIOD_CHUNKS**-exponent
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).to(dtype)
 
 
 class MemoryCodes(nn.Module):
@@ -31,5 +32,5 @@ class MemoryCodes(nn.Module):
 
     def forward(self, level: Tensor, first_leaf: Tensor, last_leaf: Tensor, dtype: torch.dtype) -> Tensor:
         """Level and span [first, last) of each node, all [B, N] int64 -> codes [B, N, D] of about `dtype`."""
-        features = span_features((first_leaf + last_leaf - 1) / 2)
-        return self.level_embedding(level) + self.span_map(features.to(dtype))
+        features = span_features((first_leaf + last_leaf - 1) * 0.5, dtype)
+        return self.level_embedding(level) + self.span_map(features)

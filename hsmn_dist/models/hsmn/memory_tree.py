@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +54,8 @@ def node_layout(num_leaves: int) -> NodeLayout:
     return NodeLayout(tuple(level), tuple(first), tuple(last))
 
 
-@dataclass
-class Tree:
-    """Nodes of a batch of trees.
+class Tree(NamedTuple):
+    """Nodes of a batch of trees. A tuple, because ZeRO-3 finds no tensors in other containers.
 
     Attributes:
         values: [B, N, k] node values; rows that an example does not have hold unused numbers.

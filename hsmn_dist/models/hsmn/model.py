@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hsmn_dist.config.models import HsmnConfig
 from hsmn_dist.foundation.param_role import ParamRole
 from hsmn_dist.models.contract import BOS_ID, LanguageModel, ModelInput, ModelOutput, TargetLoss
-from hsmn_dist.models.example_rows import example_rows
+from hsmn_dist.models.example_rows import example_rows, tied_linear
 from hsmn_dist.models.hsmn import bad_input
 from hsmn_dist.models.hsmn.chunk_encoder import ChunkEncoder, EncoderLayer
 from hsmn_dist.models.hsmn.chunker import Chunks, StreamingChunker
@@ -136,6 +135,12 @@ class HsmnModel(LanguageModel):
         """Component of every parameter, by the part of the model that owns it."""
         return {name: COMPONENTS[name.split(".", 1)[0]] for name, _ in self.named_parameters()}
 
+    def prunable_parameters(self) -> list[str]:
+        """The Aggregator's factors, compressor, decompressor, and the head unless it is tied."""
+        parts = [*(f"tree.aggregator.{map}.{factor}" for map in ("inner", "outer") for factor in ("first", "second"))]
+        parts += ["compressor", "decompressor", *([] if self.head is None else ["head"])]
+        return [f"{part}.weight" for part in parts]
+
     def init_weights(self) -> None:
         """Draw every parameter anew (see `initial_weights`)."""
         draw_weights(self, self.context_embedding, self.target_embedding, self.head)
@@ -241,7 +246,7 @@ class HsmnModel(LanguageModel):
     def _logits(self, hidden: Tensor) -> Tensor:
         if self.head is None:
             # A tied head reads the table outside its module; ZeRO-3 registers it as an external parameter by itself.
-            return F.linear(hidden, self.target_embedding.weight)
+            return tied_linear(hidden, self.target_embedding.weight)
         return self.head(hidden)
 
     def _score(self, hidden: Tensor, inputs: ModelInput, target_loss: TargetLoss | None) -> ModelOutput:

@@ -61,7 +61,8 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = d_model // num_heads
         self.query = nn.Linear(d_model, d_model, bias=has_bias)
-        self.key = nn.Linear(d_source or d_model, d_model, bias=has_bias)
+        # A key bias adds the same to all scores of a query: softmax ignores it and its gradient is exactly zero.
+        self.key = nn.Linear(d_source or d_model, d_model, bias=False)
         self.value = nn.Linear(d_source or d_model, d_model, bias=has_bias)
         self.output = nn.Linear(d_model, d_model, bias=has_bias)
 
