@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -133,6 +134,77 @@ class SelfModifyingConfig(Section):
         return self
 
 
+class MemoryLevelConfig(Section):
+    """One level of a CMS in paper form."""
+
+    period: int = Field(
+        64,
+        ge=0,
+        description="Tokens (cadence tokens) or optimizer steps (cadence optimizer) between two updates; 0 never ticks "
+        "inside a sequence: a plain MLP.",
+    )
+    hidden_units: int = Field(512, ge=1, description="Inner width of the level's MLP.")
+    learning_rate: float = Field(
+        0.25,
+        gt=0.0,
+        description="Rate of the in-context step per token, divided by d_model; the start when it is learned.",
+    )
+
+
+class CmsConfig(Section):
+    """Continuum memory system (models.md 2.2 and 2.3)."""
+
+    form: Literal["decay", "chain"] = Field(
+        "decay", description="decay: linear memories; chain: the paper's MLP levels."
+    )
+    cadence: Literal["tokens", "optimizer"] = Field(
+        "tokens",
+        description="chain: levels learn inside each sequence, or are parameters updated every `period` steps.",
+    )
+    variant: Literal["sequential", "nested", "independent"] = Field("sequential", description="chain: how levels meet.")
+    levels: tuple[MemoryLevelConfig, ...] = Field(
+        (MemoryLevelConfig(period=64), MemoryLevelConfig(period=256)), description="chain: levels, fast to slow."
+    )
+    spread: Literal["every_block", "by_depth"] = Field(
+        "every_block", description="chain: all levels in every block, or level i in blocks i, i + k, ... alone."
+    )
+    writes: Literal["differentiable", "stop_gradient"] = Field(
+        "differentiable", description="chain, tokens: backpropagate through writes, or stop there (long streams)."
+    )
+    objective: Literal["l2", "dot"] = Field(
+        "l2", description="chain, tokens: inner loss against the next token's value."
+    )
+    nested_rate: float = Field(
+        0.5, ge=0.0, le=1.0, description="nested: share of the way that a start moves at a reset."
+    )
+    largest_growth: float = Field(
+        1.0, ge=0.0, description="chain, tokens: bound of a level's change as a multiple of its start's norm; 0: none."
+    )
+    fastest_retention: float = Field(0.01, gt=0.0, lt=1.0, description="decay: tau of the fastest module.")
+    slowest_retention: float = Field(0.99, gt=0.0, lt=1.0, description="decay: tau of the slowest module.")
+    reads_after_write: bool = Field(True, description="decay: a token reads its own write.")
+    corrects_bias: bool = Field(False, description="decay: divide reads by 1 - tau^t.")
+
+    @model_validator(mode="after")
+    def _check_cms(self) -> CmsConfig:
+        if self.fastest_retention > self.slowest_retention:
+            raise ValueError(
+                f"fastest_retention {self.fastest_retention} above slowest_retention {self.slowest_retention}; allowed: "
+                "fastest <= slowest; swap them"
+            )
+        periods = [level.period for level in self.levels]
+        finite = [period for period in periods if period]
+        in_order = bool(periods) and periods[: len(finite)] == finite
+        if not in_order or any(slow % fast for fast, slow in pairwise(finite)):
+            raise ValueError(
+                f"level periods {periods}; allowed: one or more, fast to slow, each a multiple of the one before, 0 last; "
+                "reorder the levels"
+            )
+        if self.variant == "nested" and self.cadence == "optimizer":
+            raise ValueError("variant nested with cadence optimizer; allowed: cadence tokens; change one of them")
+        return self
+
+
 class HopeConfig(Section):
     """HOPE (models.md section 2). Defaults are the simple variant's."""
 
@@ -156,6 +228,7 @@ class HopeConfig(Section):
     uses_cms: bool = Field(True, description="Give every block a continuum memory.")
     uses_mlp: bool = Field(True, description="Give every block an MLP.")
     num_memory_modules: int = Field(5, ge=1, description="Time scales of the decay-form CMS.")
+    cms: CmsConfig = Field(CmsConfig(), description="Used with uses_cms.")
     self_modifying: SelfModifyingConfig = Field(SelfModifyingConfig(), description="Used with mixer self_modifying.")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout after mixer, CMS and MLP.")
     ties_embeddings: bool = Field(False, description="Share the token table with the head.")

@@ -28,6 +28,12 @@ def small_memories(**changes) -> dict:
     return {"hidden_units": 5, "chunk_tokens": 4, "memory_chunk_tokens": 4, "initial_rate": 0.1, **changes}
 
 
+def chain(periods=(2, 4), **changes) -> dict:
+    """A chain of small MLP levels."""
+    levels = [{"period": period, "hidden_units": 6, "learning_rate": 2.0} for period in periods]
+    return {"form": "chain", "levels": levels, **changes}
+
+
 def tiny_model(seed: int = 0, scale: float = 4.0, **changes) -> HopeModel:
     """A float64 model whose hidden weights are larger than at init, so that every path matters."""
     torch.manual_seed(seed)

@@ -23,19 +23,6 @@ class BlockState(FastState):
     cms: Any = None
 
 
-class PlainMlp(nn.Module):
-    """W2 gelu(W1 x). Parameters: 2 D F + F + D."""
-
-    def __init__(self, d_model: int, d_feed_forward: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(d_model, d_feed_forward)
-        self.down = nn.Linear(d_feed_forward, d_model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        return self.down(nn.functional.gelu(self.up(x)))
-
-
 class HopeBlock(nn.Module):
     """One block. `mixer` and `cms` map (x, state, info) to (y, state, health scalars); `mlp` maps x to y."""
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from hsmn_dist.models.hope.decayed_reads import ReadInputs, decayed_reads
 from hsmn_dist.models.hope.fast_state import FastState
+from hsmn_dist.models.layers.rotary import RotaryTable, rotate
 
 
 @dataclass
@@ -23,7 +24,7 @@ class SequenceInfo:
     """What every block of one forward pass needs to know about its rows.
 
     Attributes:
-        cosines, sines: [B or 1, 1, T, K / 2] rotary tables, or None without rotary positions.
+        rotary: table of the tokens' positions, or None without rotary positions.
         segments: [B, T] integers that never fall; 0 continues what came before. None: one segment.
         reset: [B, T] bool, True at the first token of every later segment; None without segments.
         valid: [B, T] bool, False on padding (right end only); None when all tokens count.
@@ -31,8 +32,7 @@ class SequenceInfo:
         returns_state: states after the last token are wanted.
     """
 
-    cosines: Tensor | None = None
-    sines: Tensor | None = None
+    rotary: RotaryTable | None = None
     segments: Tensor | None = None
     reset: Tensor | None = None
     valid: Tensor | None = None
@@ -59,11 +59,7 @@ class LinearState(FastState):
 
 def rotated(x: Tensor, info: SequenceInfo) -> Tensor:
     """Rotary positions on [B, H, T, K]; unchanged without tables."""
-    if info.cosines is None or info.sines is None:
-        return x
-    first, second = x.chunk(2, -1)
-    cosines, sines = info.cosines.to(x.dtype), info.sines.to(x.dtype)
-    return torch.cat([first * cosines - second * sines, second * cosines + first * sines], -1)
+    return x if info.rotary is None else rotate(x, info.rotary)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

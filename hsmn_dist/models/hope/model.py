@@ -25,6 +25,7 @@ from hsmn_dist.models.hope.build_parts import build_block
 from hsmn_dist.models.hope.fast_state import FastState
 from hsmn_dist.models.hope.mixers import SequenceInfo
 from hsmn_dist.models.hope.rows import Rows, build_rows, reset_points
+from hsmn_dist.models.layers.rotary import rotary_table
 
 
 @dataclass
@@ -51,7 +52,7 @@ class HopeModel(LanguageModel):
         self.vocab_size = config.vocab_size
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = nn.Embedding(config.max_tokens, config.d_model) if config.positions == "learned" else None
-        self.layers = nn.ModuleList(build_block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(build_block(config, index) for index in range(config.num_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.ties_embeddings:
@@ -71,7 +72,7 @@ class HopeModel(LanguageModel):
         depth = (2 * self.config.num_layers) ** -0.5
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                is_output = name.rsplit(".", 1)[-1] in ("output", "down")
+                is_output = name.rsplit(".", 1)[-1] in ("output", "outer")
                 nn.init.normal_(module.weight, std=0.02 * (depth if is_output else 1.0))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -206,11 +207,7 @@ class HopeModel(LanguageModel):
             info.valid = rows.valid
         if self.config.positions == "rotary":
             width = self.config.d_model // self.config.num_heads
-            rates = self.config.rotary_base ** (
-                -torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
-            )
-            angles = positions[:, None, :, None].float() * rates
-            info.cosines, info.sines = angles.cos(), angles.sin()
+            info.rotary = rotary_table(positions, width, self.config.rotary_base)
         if rows.segments is not None:
             info.reset = reset_points(rows.segments)
             if self.config.mixer == "attention":

@@ -10,7 +10,7 @@ from hsmn_dist.config.models import HopeConfig
 from hsmn_dist.foundation.errors import ModelError
 from hsmn_dist.models.contract import ModelInput, cross_entropy
 from hsmn_dist.models.hope.model import HOPE, HopeModel
-from tests.support.hope_models import batch, row, small_memories, tiny_config, tiny_model
+from tests.support.hope_models import batch, chain, row, small_memories, tiny_config, tiny_model
 
 VARIANTS = {
     "attention": {},
@@ -28,6 +28,13 @@ VARIANTS = {
     "self_modifying_slow_memory": {"mixer": "self_modifying", "self_modifying": small_memories(chunk_tokens=2)},
     "self_modifying_matrix": {"mixer": "self_modifying", "self_modifying": small_memories(memory="matrix")},
     "self_modifying_reads_at_chunk": {"mixer": "self_modifying", "self_modifying": small_memories(reads_at="chunk")},
+    "chain": {"cms": chain()},
+    "chain_nested": {"cms": chain(variant="nested")},
+    "chain_independent_linear": {"cms": chain((3, 6, 0), variant="independent"), "mixer": "linear"},
+    "chain_by_depth_without_mlp": {"cms": chain((4, 0), spread="by_depth"), "uses_mlp": False},
+    "chain_stopped_writes": {"cms": chain(writes="stop_gradient", objective="dot")},
+    "chain_optimizer": {"cms": chain((1, 4), cadence="optimizer")},
+    "chain_optimizer_independent": {"cms": chain((1, 4), cadence="optimizer", variant="independent")},
 }
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 

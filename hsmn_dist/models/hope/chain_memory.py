@@ -1,0 +1,374 @@
+"""ChainMemory: the paper form of the CMS with `cadence: tokens`; a chain of MLP levels that learn inside the sequence.
+
+    sequential, nested:  y_1 = MLP_1(x), y_l = y_(l-1) + MLP_l(y_(l-1)), y = y_k        independent:  y = sum_l w_l MLP_l(x)
+
+Level l holds, for each sequence, its learned start plus a fast change. Behind every C_l tokens the change takes one
+gradient step of rate eta_l / D on the level's inner loss, summed over those tokens at fixed weights; later tokens read it.
+Inner loss, the local form of the task: token t - 1's output shall be the value of token t,
+|y(x_(t-1)) - W_v x_t|^2 / 2 (or minus the dot product), so an update at token t uses tokens up to t only, and the newest
+output waits for the next token. The gradient of each level is the true one, through the levels behind it.
+
+Unusual: writes are differentiable (W_v, eta and the starts learn how to be learned from) or stopped; then values are the
+inputs themselves and eta is a constant, so that no parameter is left without a gradient. Nested: when level l + 1 ticks,
+level l's start moves `nested_rate` of the way to its present weights and level l begins there anew (a first-order
+meta-step). The change is held below `largest_growth` times the norm of the start. Level 1 with period 0 (never) is
+exactly a Transformer's MLP. Source: arXiv 2512.24695 section 7, equations 70 to 74; models.md 2.3.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hsmn_dist.config.models import CmsConfig
+from hsmn_dist.models.hope.chunk_layout import ChunkLayout, chunk_layout
+from hsmn_dist.models.hope.fast_state import FastState
+from hsmn_dist.models.hope.level_clock import NEVER, base_period, check_periods, does_tick
+from hsmn_dist.models.hope.mixers import SequenceInfo
+from hsmn_dist.models.hope.neural_memory import gelu_pair
+
+Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # inner [F, D], its bias [F], outer [D, F], its bias [D]
+
+
+@dataclass
+class LevelState(FastState):
+    """One level of each sequence: every entry is four tensors [B, ...] in the order of `Weights`.
+
+    Attributes:
+        change: fast weights minus the learned start.
+        pending: gradients since the last tick.
+        base: where a nested level begins anew, minus the learned start; None for other variants.
+    """
+
+    change: tuple[Tensor, ...]
+    pending: tuple[Tensor, ...]
+    base: tuple[Tensor, ...] | None
+
+
+@dataclass
+class ChainState(FastState):
+    """What a stream carries.
+
+    Attributes:
+        levels: one state per level with a period; None for levels that never tick.
+        num_tokens: [B] tokens since the slowest level's last tick.
+        last: [B, D] the input before, whose output is not scored yet.
+        has_last: [B] bool.
+    """
+
+    levels: list[LevelState | None]
+    num_tokens: Tensor
+    last: Tensor
+    has_last: Tensor
+
+
+class ChainMemory(nn.Module):
+    """[B, T, D] -> [B, T, D]; see the module's docstring."""
+
+    def __init__(self, d_model: int, settings: CmsConfig) -> None:
+        super().__init__()
+        self.d_model, self.settings = d_model, settings
+        self.periods = [level.period for level in settings.levels]
+        check_periods(self.periods)
+        for index, level in enumerate(settings.levels):
+            hidden = level.hidden_units
+            shapes = ((hidden, d_model), (hidden,), (d_model, hidden), (d_model,))
+            for name, shape in zip(_NAMES, shapes, strict=True):
+                self.register_parameter(f"{name}_{index}", nn.Parameter(torch.empty(shape)))
+        num_fast = sum(period != NEVER for period in self.periods)
+        self.learns_writes = settings.writes == "differentiable" and num_fast > 0
+        if self.learns_writes:
+            self.value = nn.Linear(d_model, d_model, bias=False)
+            self.rates = nn.Parameter(torch.empty(num_fast))
+        if settings.variant == "independent":
+            self.mix = nn.Parameter(torch.empty(len(self.periods)))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Normal(0, 0.02) maps; levels after the first start as the identity in a sequential chain."""
+        with torch.no_grad():
+            for index, level in enumerate(self.settings.levels):
+                inner, inner_bias, outer, outer_bias = self.start(index)
+                inner.normal_(std=0.02)
+                outer.normal_(std=0.02 if index == 0 or self.settings.variant == "independent" else 0.002)
+                inner_bias.zero_()
+                outer_bias.zero_()
+                if self.learns_writes and level.period != NEVER:
+                    self.rates[index] = math.log(math.expm1(level.learning_rate))
+            if self.settings.variant == "independent":
+                self.mix.fill_(1.0 / len(self.periods))
+
+    def start(self, index: int) -> Weights:
+        """Level `index`'s learned start."""
+        inner, inner_bias, outer, outer_bias = (getattr(self, f"{name}_{index}") for name in _NAMES)
+        return inner, inner_bias, outer, outer_bias
+
+    def forward(
+        self, x: Tensor, state: ChainState | None, info: SequenceInfo
+    ) -> tuple[Tensor, ChainState | None, dict[str, Tensor]]:
+        """[B, T, D] -> [B, T, D], the state after the last token when wanted, and health scalars of every level."""
+        size = base_period(self.periods)
+        if size == NEVER:
+            return self._chain(x, [None] * len(self.periods))[-1], None, {}
+        batch, tokens, _ = x.shape
+        walk = _Walk(self, batch, x.device, state)
+        is_single = tokens == 1 and info.segments is None
+        offset = None if state is None or is_single else state.num_tokens % size
+        layout = chunk_layout(batch, tokens, 1 if is_single else size, info.segments, info.valid, offset, x.device)
+        placed = layout.placed(x[:, None])[:, 0]  # [B, S, D]
+        values = self.value(placed) if self.learns_writes else placed.detach()
+        before = x.new_zeros(batch, 1, x.shape[2]) if state is None else state.last[:, None].to(x.dtype)
+        shifted = torch.cat([before, placed], 1)
+        if state is not None and offset is not None:
+            # The token before the first new one stands in the slot in front of it, wherever that is.
+            slot = offset[:, None, None].expand(-1, 1, x.shape[2])
+            shifted = shifted.scatter(1, slot, before)
+        is_pair = self._pairs(layout, batch, state, offset, x.device)
+        outputs = []
+        for index in range(layout.num_chunks):
+            place = slice(index * layout.chunk_size, (index + 1) * layout.chunk_size)
+            walk.restart(layout, index)
+            steps = shifted[:, index * layout.chunk_size : (index + 1) * layout.chunk_size + 1]
+            is_read_later = info.returns_state or index + 1 < layout.num_chunks
+            outputs.append(self._chunk(walk, steps, values[:, place], is_pair[:, place], is_read_later))
+            walk.advance(layout, index)
+        y = layout.returned(torch.cat(outputs, 1)[:, None], tokens)[:, 0]
+        if self.learns_writes:
+            # Every rank has a gradient for these, even where no tick was due.
+            y = y + 0.0 * (self.rates.sum() + values.sum()).to(y.dtype)
+        after = self._after(walk, x, state, info) if info.returns_state else None
+        return y, after, walk.health()
+
+    def _pairs(
+        self, layout: ChunkLayout, batch: int, state: ChainState | None, offset: Tensor | None, device: torch.device
+    ) -> Tensor:
+        """True at slots whose token has a token before it in its segment: [B, S]."""
+        pair = torch.ones(batch, layout.num_slots, dtype=torch.bool, device=device)
+        if layout.valid is not None:
+            pair = layout.valid.clone()
+        first = torch.zeros(batch, 1, dtype=torch.long, device=device) if offset is None else offset[:, None]
+        has_last = torch.zeros(batch, 1, dtype=torch.bool, device=device) if state is None else state.has_last[:, None]
+        pair.scatter_(1, first, pair.gather(1, first) & has_last)
+        if layout.restarts is not None:
+            heads = pair[:, :: layout.chunk_size]
+            pair[:, :: layout.chunk_size] = heads & ~layout.restarts
+        return pair
+
+    def _chain(self, z: Tensor, weights: list[Weights | None]) -> list[Tensor]:
+        """Outputs of the chain after each level; None weights mean the learned start."""
+        return [y for y, _, _, _ in self._traced(z, weights)]
+
+    def _traced(self, z: Tensor, weights: list[Weights | None]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """For each level: (chain output so far, its input, hidden units, slopes)."""
+        trace: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        is_independent = self.settings.variant == "independent"
+        y = z
+        for index, given in enumerate(weights):
+            inner, inner_bias, outer, outer_bias = self.start(index) if given is None else given
+            source = z if is_independent else y
+            hidden, slope = gelu_pair(source @ inner.mT + inner_bias)
+            out = hidden @ outer.mT + outer_bias
+            if is_independent:
+                out = self.mix[index] * out
+            y = out if index == 0 else y + out
+            trace.append((y, source, hidden, slope))
+        return trace
+
+    def _chunk(self, walk: _Walk, steps: Tensor, values: Tensor, is_pair: Tensor, is_read_later: bool) -> Tensor:
+        """Outputs [B, c, D] of one chunk; `steps` [B, c + 1, D] has the token before in front. Errors become pending."""
+        weights = [walk.weights(index, steps.dtype) for index in range(len(self.periods))]
+        if not is_read_later:
+            return self._chain(steps[:, 1:], weights)[-1]
+        trace = self._traced(steps, weights)
+        y = trace[-1][0]
+        error = -values if self.settings.objective == "dot" else y[:, :-1] - values
+        error = error * is_pair[..., None]
+        if not self.learns_writes:
+            error = error.detach()
+        is_independent = self.settings.variant == "independent"
+        for index in range(len(self.periods) - 1, -1, -1):
+            _, source, hidden, slope = trace[index]
+            inner, _, outer, _ = self.start(index) if weights[index] is None else weights[index]  # type: ignore[misc]
+            out_error = self.mix[index] * error if is_independent else error
+            lift_error = slope[:, :-1] * (out_error @ outer)
+            if self.periods[index] != NEVER:
+                gradients = (
+                    lift_error.mT @ source[:, :-1],
+                    lift_error.sum(1, keepdim=True),
+                    out_error.mT @ hidden[:, :-1],
+                    out_error.sum(1, keepdim=True),
+                )
+                walk.collect(index, gradients if self.learns_writes else tuple(g.detach() for g in gradients))
+            if not is_independent and index > 0:
+                error = error + lift_error @ inner
+        return y[:, 1:]
+
+    def _after(self, walk: _Walk, x: Tensor, state: ChainState | None, info: SequenceInfo) -> ChainState:
+        """The state after each row's last token."""
+        last, has_last = x[:, -1], torch.ones_like(walk.num_tokens, dtype=torch.bool)
+        if info.valid is not None:
+            lengths = info.valid.sum(1)
+            index = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[2])
+            last, has_last = x.gather(1, index)[:, 0], lengths > 0
+            if state is not None:
+                last = torch.where(has_last[:, None], last, state.last.to(last.dtype))
+                has_last = has_last | state.has_last
+        return ChainState(walk.levels, walk.num_tokens, last, has_last)
+
+
+_NAMES = ("inner", "inner_bias", "outer", "outer_bias")
+
+
+class _Walk:
+    """Fast weights of every level while the chunks of a call go by."""
+
+    def __init__(self, memory: ChainMemory, batch: int, device: torch.device, state: ChainState | None) -> None:
+        self.memory, self.batch = memory, batch
+        self.longest = max(memory.periods)
+        self.num_tokens = torch.zeros(batch, dtype=torch.long, device=device) if state is None else state.num_tokens
+        self.host_tokens = 0 if state is None else None  # known without looking at tensors
+        self.levels: list[LevelState | None] = []
+        self.num_updates = [torch.zeros(batch, device=device) for _ in memory.periods]
+        self.gradient_norms = [torch.zeros(batch, device=device) for _ in memory.periods]
+        for index, period in enumerate(memory.periods):
+            if state is not None:
+                self.levels.append(state.levels[index])
+            else:
+                self.levels.append(None if period == NEVER else self._fresh(index))
+
+    def _fresh(self, index: int) -> LevelState:
+        def zeros() -> tuple[Tensor, ...]:
+            return tuple(
+                torch.zeros(self.batch, *(p.shape if p.dim() == 2 else (1, *p.shape)), device=p.device, dtype=_wide(p))
+                for p in self.memory.start(index)
+            )
+
+        is_nested = self.memory.settings.variant == "nested"
+        return LevelState(zeros(), zeros(), zeros() if is_nested else None)
+
+    def weights(self, index: int, dtype: torch.dtype) -> Weights | None:
+        """The level's weights now: four tensors [B, ...], or None for the learned start."""
+        level = self.levels[index]
+        if level is None or (self.host_tokens is not None and self.host_tokens < self.memory.periods[index]):
+            return None
+        start = self.memory.start(index)
+        inner, inner_bias, outer, outer_bias = (
+            (p.to(c.dtype) + c).to(dtype) for p, c in zip(start, level.change, strict=True)
+        )
+        return inner, inner_bias, outer, outer_bias
+
+    def collect(self, index: int, gradients: tuple[Tensor, ...]) -> None:
+        """Add a chunk's gradients to what is pending."""
+        level = self.levels[index]
+        assert level is not None
+        pending = tuple(p + g.to(p.dtype) for p, g in zip(level.pending, gradients, strict=True))
+        self.levels[index] = LevelState(level.change, pending, level.base)
+
+    def restart(self, layout: ChunkLayout, index: int) -> None:
+        """Rows whose chunk `index` begins a new segment forget everything."""
+        if layout.restarts is None:
+            return
+        begins = layout.restarts[:, index]
+        for number, level in enumerate(self.levels):
+            if level is not None:
+                self.levels[number] = level.mapped(lambda t: _where(begins, torch.zeros_like(t), t))
+        self.num_tokens = torch.where(begins, torch.zeros_like(self.num_tokens), self.num_tokens)
+        self.host_tokens = None
+
+    def advance(self, layout: ChunkLayout, index: int) -> None:
+        """Count the chunk's tokens and let the levels tick whose period ends here."""
+        size = layout.chunk_size
+        counted = torch.full_like(self.num_tokens, size)
+        if layout.valid is not None:
+            counted = layout.valid[:, index * size : (index + 1) * size].sum(1)
+        if layout.valid is not None or layout.slot is not None:
+            self.host_tokens = None
+        seen = self.num_tokens + counted
+        if self.host_tokens is not None:
+            self.host_tokens += size
+        for number, period in enumerate(self.memory.periods):
+            if period == NEVER:
+                continue
+            if self.host_tokens is not None:
+                if does_tick(self.host_tokens, period):
+                    self._tick(number, None)
+            else:
+                self._tick(number, (seen % period == 0) & (counted > 0))
+        self.num_tokens = seen % self.longest
+
+    def _tick(self, index: int, rows: Tensor | None) -> None:
+        """Update level `index` in `rows` [B] (None: in all); in a nested chain the next faster level begins anew."""
+        level = self.levels[index]
+        assert level is not None
+        settings = self.memory.settings
+        if self.memory.learns_writes:
+            rate = nn.functional.softplus(self.memory.rates[index]).to(level.change[0].dtype)
+        else:
+            rate = torch.tensor(settings.levels[index].learning_rate, device=level.change[0].device)
+        rate = rate / self.memory.d_model
+        changed = tuple(c - rate * p for c, p in zip(level.change, level.pending, strict=True))
+        changed = _held(changed, self.memory.start(index), settings.largest_growth)
+        cleared = tuple(torch.zeros_like(p) for p in level.pending)
+        norm = _joint_norm(level.pending).detach()
+        everywhere = torch.ones_like(norm, dtype=torch.bool) if rows is None else rows
+        self.num_updates[index] = self.num_updates[index] + everywhere
+        self.gradient_norms[index] = torch.where(everywhere, norm.float(), self.gradient_norms[index])
+        self.levels[index] = _merged(rows, LevelState(changed, cleared, level.base), level)
+        if settings.variant == "nested" and index > 0:
+            self._begin_anew(index - 1, rows)
+
+    def _begin_anew(self, index: int, rows: Tensor | None) -> None:
+        level = self.levels[index]
+        assert level is not None and level.base is not None
+        share = self.memory.settings.nested_rate
+        base = tuple(b + share * (c - b) for b, c in zip(level.base, level.change, strict=True))
+        cleared = tuple(torch.zeros_like(p) for p in level.pending)
+        self.levels[index] = _merged(rows, LevelState(base, cleared, base), level)
+
+    def health(self) -> dict[str, Tensor]:
+        """Per level: updates in this call, norm of the last update's gradient, norm of the change (means over rows)."""
+        found: dict[str, Tensor] = {}
+        for index, level in enumerate(self.levels):
+            if level is not None:
+                found[f"memory/level_{index}_updates"] = self.num_updates[index].mean()
+                found[f"memory/level_{index}_gradient_norm"] = self.gradient_norms[index].mean()
+                found[f"memory/level_{index}_change_norm"] = _joint_norm(level.change).detach().float().mean()
+        return found
+
+
+def _wide(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _where(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return torch.where(rows.reshape(-1, *[1] * (left.dim() - 1)), left, right)
+
+
+def _merged(rows: Tensor | None, left: LevelState, right: LevelState) -> LevelState:
+    """Rows [B] of `left` where True, of `right` elsewhere; None takes `left`."""
+    if rows is None:
+        return left
+
+    def merged(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(_where(rows, x, y) for x, y in zip(a, b, strict=True))
+
+    base = None if left.base is None or right.base is None else merged(left.base, right.base)
+    return LevelState(merged(left.change, right.change), merged(left.pending, right.pending), base)
+
+
+def _joint_norm(tensors: tuple[Tensor, ...]) -> Tensor:
+    """Norm of all tensors of each row together: [B]."""
+    return torch.stack([t.flatten(1).square().sum(1) for t in tensors]).sum(0).sqrt()
+
+
+def _held(change: tuple[Tensor, ...], start: Weights, largest_growth: float) -> tuple[Tensor, ...]:
+    """The change, its joint norm held below `largest_growth` times the start's; 0: no bound."""
+    if largest_growth == 0:
+        return change
+    limit = largest_growth * torch.stack([p.to(_wide(p)).square().sum() for p in start]).sum().sqrt()
+    square = torch.stack([t.flatten(1).square().sum(1) for t in change]).sum(0)
+    scale = (limit * square.clamp(min=1e-30).rsqrt()).clamp(max=1.0)  # [B]
+    return tuple(t * scale.reshape(-1, *[1] * (t.dim() - 1)) for t in change)

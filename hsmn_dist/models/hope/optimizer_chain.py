@@ -1,0 +1,52 @@
+"""OptimizerChain: the paper form of the CMS with `cadence: optimizer`; levels are parameters with update periods.
+
+Between its updates a level is a constant; its gradients are summed by the optimizer (`optim/periodic.py`). Same chain as
+`ChainMemory`, made of plain feed-forward modules. Source: arXiv 2512.24695 section 7, equations 70, 71, 73, 74.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hsmn_dist.config.models import CmsConfig
+from hsmn_dist.models.hope.mixers import SequenceInfo
+from hsmn_dist.models.layers.feed_forward import FeedForward
+
+
+class OptimizerChain(nn.Module):
+    """[B, T, D] -> [B, T, D]; sequential or independent."""
+
+    def __init__(self, d_model: int, settings: CmsConfig) -> None:
+        super().__init__()
+        self.settings = settings
+        self.levels = nn.ModuleList(FeedForward(d_model, level.hidden_units, "gelu") for level in settings.levels)
+        if settings.variant == "independent":
+            self.mix = nn.Parameter(torch.empty(len(self.levels)))
+            self.init_weights()
+
+    def init_weights(self) -> None:
+        """Equal shares of independent levels; the maps are drawn by the model."""
+        if self.settings.variant == "independent":
+            nn.init.constant_(self.mix, 1.0 / len(self.levels))
+
+    def parameter_periods(self) -> dict[str, int]:
+        """Optimizer steps between two updates, by parameter name; period 0 (never inside a sequence) is every step."""
+        return {
+            f"levels.{index}.{name}": max(1, level.period)
+            for index, level in enumerate(self.settings.levels)
+            for name, _ in self.levels[index].named_parameters()
+        }
+
+    def forward(self, x: Tensor, state: Any, info: SequenceInfo) -> tuple[Tensor, Any, dict[str, Tensor]]:
+        """[B, T, D] -> [B, T, D]; there is no fast state."""
+        y = x
+        for index, level in enumerate(self.levels):
+            if self.settings.variant == "independent":
+                out = self.mix[index] * level(x)
+            else:
+                out = level(y)
+            y = out if index == 0 else y + out
+        return y, None, {}
