@@ -29,7 +29,7 @@ def build_engine(
         model_factory: gives a model with its weights drawn; called once, after which every rank holds equal weights
             (seed all ranks alike before).
         world: this rank.
-        periods: optimizer steps between two updates by parameter name, where a model has such.
+        periods: optimizer steps between two updates by parameter name; the model's own where it has such.
 
     Raises:
         ConfigError: a setting that this engine or number of ranks cannot have.
@@ -37,7 +37,8 @@ def build_engine(
     """
     model = model_factory()
     checkpoint_blocks(model, training.activation_checkpointing)
-    periods = dict(periods or {})
+    own_periods = getattr(model, "parameter_periods", None)
+    periods = dict(periods if periods is not None else own_periods() if own_periods is not None else {})
     if training.engine == "local":
         return LocalEngine(training, optim, model, world, periods)
     require("deepspeed")

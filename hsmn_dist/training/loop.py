@@ -200,6 +200,14 @@ class _Stage:
 
     def run(self) -> TrainResult:
         stream = self._parts.open_stream(self._state.cursor)
+        try:
+            return self._run(stream)
+        finally:
+            close = getattr(stream, "close", None)
+            if close is not None:
+                close()
+
+    def _run(self, stream: Stream) -> TrainResult:
         batches = iter(stream)
         if not self._state.validations:
             self._validate()
