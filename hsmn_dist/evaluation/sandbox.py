@@ -302,17 +302,17 @@ def _python_mounts(interpreter: Path) -> _Mounts:
         elif path.is_dir() and top != "/bin":
             arguments += ["--ro-bind", top, top]
     if base == Path("/usr"):
-        arguments += ["--ro-bind", "/usr", "/usr"]
+        binds = [base]
     else:
-        for shared in ("/usr/lib", "/usr/lib64"):
-            if Path(shared).is_dir():
-                arguments += ["--ro-bind", shared, shared]
-        for parent in reversed(base.parents[:-1]):
-            # bubblewrap copies the mode of the host's folders, and a home folder would shut the program out.
-            arguments += ["--perms", "0755", "--dir", str(parent)]
-        arguments += ["--ro-bind", str(base), str(base)]
-    for name in ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives"):
-        arguments += ["--ro-bind-try", name, name]
+        binds = [*filter(Path.is_dir, (Path("/usr/lib"), Path("/usr/lib64"))), base]
+    loader = [Path("/etc", name) for name in ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives")]
+    binds += [path for path in loader if path.exists()]
+    parents = dict.fromkeys(parent for path in binds for parent in reversed(path.parents[:-1]))
+    for parent in parents:
+        # Folders that bubblewrap makes on its way are closed to all but root, which would shut the program out.
+        arguments += ["--perms", "0755", "--dir", str(parent)]
+    for path in binds:
+        arguments += ["--ro-bind", str(path), str(path)]
     return _Mounts(arguments, interpreter)
 
 
