@@ -134,7 +134,8 @@ class ChainMemory(nn.Module):
             steps = shifted[:, index * layout.chunk_size : (index + 1) * layout.chunk_size + 1]
             is_read_later = info.returns_state or index + 1 < layout.num_chunks
             outputs.append(self._chunk(walk, steps, values[:, place], is_pair[:, place], is_read_later))
-            walk.advance(layout, index)
+            if is_read_later:
+                walk.advance(layout, index)
         y = layout.returned(torch.cat(outputs, 1)[:, None], tokens)[:, 0]
         if self.learns_writes:
             # Every rank has a gradient for these, even where no tick was due.
@@ -307,7 +308,7 @@ class _Walk:
         if self.memory.learns_writes:
             rate = nn.functional.softplus(self.memory.rates[index]).to(level.change[0].dtype)
         else:
-            rate = torch.tensor(settings.levels[index].learning_rate, device=level.change[0].device)
+            rate = torch.full_like(level.change[1][:1, :1, :1], settings.levels[index].learning_rate)
         rate = rate / self.memory.d_model
         changed = tuple(c - rate * p for c, p in zip(level.change, level.pending, strict=True))
         changed = _held(changed, self.memory.start(index), settings.largest_growth)
@@ -329,7 +330,9 @@ class _Walk:
         self.levels[index] = _merged(rows, LevelState(base, cleared, base), level)
 
     def health(self) -> dict[str, Tensor]:
-        """Per level: updates in this call, norm of the last update's gradient, norm of the change (means over rows)."""
+        """Per level: updates in this call (an update that nothing would read is left out), norm of the
+        last update's gradient, norm of the change (means over rows).
+        """
         found: dict[str, Tensor] = {}
         for index, level in enumerate(self.levels):
             if level is not None:

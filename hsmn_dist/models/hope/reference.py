@@ -157,3 +157,75 @@ def gated_delta_steps(
         erased = retention[t] * memory - rate[t] * torch.outer(memory @ key[t], key[t])
         memory = erased + rate[t] * torch.outer(value[t], key[t])
     return torch.stack(reads), memory
+
+
+def chain_outputs(levels: list[list[Tensor]], x: Tensor, variant: str, mix: Tensor | None) -> Tensor:
+    """One token through the levels' MLPs (equations 70, 73, 74): [D] -> [D]. A level is [inner, bias, outer, bias]."""
+    y = x
+    for index, (inner, inner_bias, outer, outer_bias) in enumerate(levels):
+        source = x if variant == "independent" else y
+        out = outer @ torch.nn.functional.gelu(inner @ source + inner_bias) + outer_bias
+        if mix is not None:
+            out = mix[index] * out
+        y = out if index == 0 else y + out
+    return y
+
+
+def chain_steps(
+    levels: list[list[Tensor]],
+    x: Tensor,
+    values: Tensor,
+    periods: list[int],
+    rates: list[Tensor],
+    *,
+    variant: str,
+    objective: str,
+    mix: Tensor | None = None,
+    nested_rate: float = 0.0,
+) -> tuple[Tensor, list[list[Tensor]], list[list[int]]]:
+    """CMS with token cadence, one token at a time (equations 71 to 74).
+
+    Args:
+        levels: learned start of each level.
+        x: [T, D] inputs.
+        values: [T, D] W_v x_t.
+        periods: tokens between updates, 0 for never.
+        rates: eta_l / D of each level.
+        variant: sequential, nested or independent.
+        objective: l2 (half of the square) or dot.
+        mix: weights of independent levels.
+        nested_rate: share of the way a nested level's beginning moves.
+
+    Returns:
+        Outputs [T, D], the levels after the last token, and for each level the tokens behind which it ticked.
+    """
+    now = [list(level) for level in levels]
+    begin = [list(level) for level in levels]
+    pending = [[torch.zeros_like(w) for w in level] for level in levels]
+    ticks: list[list[int]] = [[] for _ in levels]
+    outputs = []
+    for t in range(len(x)):
+        outputs.append(chain_outputs(now, x[t], variant, mix))
+        if t > 0:
+
+            def loss(weights: list[list[Tensor]], t: int = t) -> Tensor:
+                y = chain_outputs(weights, x[t - 1], variant, mix)
+                if objective == "dot":
+                    return -(y * values[t]).sum()
+                return 0.5 * ((y - values[t]) ** 2).sum()
+
+            gradients = torch.func.grad(loss)(now)
+            pending = [
+                [p + g for p, g in zip(old, new, strict=True)] for old, new in zip(pending, gradients, strict=True)
+            ]
+        for index, period in enumerate(periods):
+            if period and (t + 1) % period == 0:
+                ticks[index].append(t)
+                now[index] = [w - rates[index] * p for w, p in zip(now[index], pending[index], strict=True)]
+                pending[index] = [torch.zeros_like(p) for p in pending[index]]
+                if variant == "nested" and index > 0:
+                    fast = index - 1
+                    begin[fast] = [b + nested_rate * (w - b) for b, w in zip(begin[fast], now[fast], strict=True)]
+                    now[fast] = list(begin[fast])
+                    pending[fast] = [torch.zeros_like(p) for p in pending[fast]]
+    return torch.stack(outputs), now, ticks
