@@ -16,7 +16,7 @@ import tempfile
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,12 @@ from hsmn_dist.data.shards.index import ShardEntry, ShardIndex, load_index, load
 from hsmn_dist.data.shards.remote import FetchFailed, RemoteFiles, is_url
 from hsmn_dist.data.shards.tar_layout import (
     BLOCK_BYTES,
+    COUNT_BYTES,
     EXAMPLE_SUFFIX,
     TOKENS_SUFFIX,
     checksum,
     example_span,
     tokens_span,
-    unpack_tokens,
 )
 from hsmn_dist.foundation.errors import DataError
 from hsmn_dist.foundation.files import sha256_of_file
@@ -40,6 +40,8 @@ CACHE_BYTES = 16 * 2**30
 # Open files: enough for the windows of several datasets; fetched shards that left the cache stay on the disk while open.
 MAX_OPEN_LOCAL = 512
 MAX_OPEN_REMOTE = 32
+
+Tokens = tuple[np.ndarray, np.ndarray]
 
 
 class DamagedSample(DataError):
@@ -99,19 +101,33 @@ class SplitReader:
         rows = self.samples[numbers]
         return np.stack([rows["context_tokens"], rows["target_tokens"]], axis=1).astype(np.int64)
 
-    def read_tokens(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def read_tokens(self, number: int) -> Tokens:
         """Context and target ids of a sample.
 
         Raises:
             DamagedSample: the shard is missing, cut, or holds other bytes than were written.
         """
-        offset, example_bytes, token_bytes, _, crc, num_context, num_target = self.samples[number].item()
-        start, length = tokens_span(offset, example_bytes, token_bytes)
-        data = self._read(number, start, length, crc)
-        context, target = unpack_tokens(data[BLOCK_BYTES : BLOCK_BYTES + token_bytes], self.index.token_dtype)
-        if len(context) != num_context or len(target) != num_target:
-            raise _damaged(self._where(number), "its token counts differ from the index")
-        return context, target
+        return self.read_many_tokens([number])[0]
+
+    def read_many_tokens(self, numbers: Sequence[int]) -> list[Tokens]:
+        """Context and target ids of several samples, in the order asked for, as read-only arrays.
+
+        Raises:
+            DamagedSample: as `read_tokens`, for the first damaged one.
+        """
+        found: list[Tokens] = []
+        dtype = np.dtype(self.index.token_dtype)
+        for number, row in zip(numbers, self.samples[np.asarray(numbers, dtype=np.int64)].tolist(), strict=True):
+            offset, example_bytes, token_bytes, _, crc, num_context, num_target = row
+            start, length = tokens_span(offset, example_bytes, token_bytes)
+            data = self._read(number, start, length, crc)
+            num_ids = num_context + num_target
+            if token_bytes != COUNT_BYTES + num_ids * dtype.itemsize:
+                raise _damaged(self._where(number), "its token counts differ from the index")
+            # The checksum vouches for the stored count of context ids, which is the index's.
+            ids = np.frombuffer(data, dtype, num_ids, BLOCK_BYTES + COUNT_BYTES)
+            found.append((ids[:num_context], ids[num_context:]))
+        return found
 
     def read_json(self, number: int) -> dict[str, object]:
         """The decoded example of a sample, as stored.

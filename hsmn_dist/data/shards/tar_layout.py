@@ -22,6 +22,7 @@ END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
 EXAMPLE_SUFFIX = "json"
 TOKENS_SUFFIX = "tok"
 _COUNT = struct.Struct("<I")
+COUNT_BYTES = _COUNT.size
 
 
 def padded(num_bytes: int) -> int:
@@ -62,7 +63,7 @@ def pack_tokens(context: list[int], target: list[int], dtype: str) -> bytes:
 def unpack_tokens(payload: bytes, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """Context and target ids of a token payload, as read-only views."""
     (num_context,) = _COUNT.unpack_from(payload)
-    ids = np.frombuffer(payload, dtype=dtype, offset=_COUNT.size)
+    ids = np.frombuffer(payload, dtype=dtype, offset=COUNT_BYTES)
     return ids[:num_context], ids[num_context:]
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsmn_dist.data.shards.reader import Tokens
+
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 NO_EXAMPLE = -1
-
-Tokens = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass

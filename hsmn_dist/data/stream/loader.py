@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from hsmn_dist.data.shards.reader import DamagedSample, SplitReader, open_folder
+from hsmn_dist.data.shards.reader import DamagedSample, SplitReader, Tokens, open_folder
 from hsmn_dist.data.stream.collate import Row, collate, collate_packed, padding_counts
 from hsmn_dist.data.stream.cursor import Cursor
 from hsmn_dist.data.stream.order import permutation
@@ -158,8 +158,9 @@ class StreamLoader:
         count = num_micro_batches(len(rows), settings.micro_batch_examples, self._world_size)
         mine = rank_rows(len(rows), self._rank, self._world_size)
         made = _Made([], StreamStats(), None)
-        for numbers in micro_batch_rows(mine, settings.micro_batch_examples, count):
-            micro = [self._read(rows[number], made) for number in numbers]
+        read = self._read_all([rows[number] for number in mine], made)
+        for numbers in micro_batch_rows(range(len(read)), settings.micro_batch_examples, count):
+            micro = [read[number] for number in numbers]
             micro.extend(Row([]) for _ in range(settings.micro_batch_examples - len(micro)))
             batch = collate_packed(micro) if settings.packs_examples else collate(micro)
             num_padding, num_positions = padding_counts(batch)
@@ -168,19 +169,36 @@ class StreamLoader:
             made.batches.append(batch)
         return made
 
-    def _read(self, planned: PlannedRow, made: _Made) -> Row:
-        row = Row([], planned.samples[0][2])
-        for source, number, _ in planned.samples:
-            made.stats.num_samples += 1
-            made.stats.num_replayed += source >= self._num_own_sources
+    def _read_all(self, planned: list[PlannedRow], made: _Made) -> list[Row]:
+        samples = [sample for row in planned for sample in row.samples]
+        made.stats.num_samples += len(samples)
+        made.stats.num_replayed += sum(source >= self._num_own_sources for source, _, _ in samples)
+        tokens: dict[tuple[int, int], Tokens | None] = {}
+        for source in sorted({source for source, _, _ in samples}):
+            numbers = [number for own, number, _ in samples if own == source]
+            tokens.update(zip([(source, n) for n in numbers], self._read_source(source, numbers, made), strict=True))
+        rows = []
+        for row in planned:
+            found = (tokens[source, number] for source, number, _ in row.samples)
+            rows.append(Row([pair for pair in found if pair is not None], row.samples[0][2]))
+        return rows
+
+    def _read_source(self, source: int, numbers: list[int], made: _Made) -> Sequence[Tokens | None]:
+        reader = self._readers[source]
+        try:
+            return reader.read_many_tokens(numbers)
+        except DamagedSample:
+            if self._settings.corrupt_policy != "quarantine":
+                raise
+        found: list[Tokens | None] = []
+        for number in numbers:  # once more, one by one, to pass over the damaged ones alone
             try:
-                row.examples.append(self._readers[source].read_tokens(number))
+                found.append(reader.read_tokens(number))
             except DamagedSample as error:
-                if self._settings.corrupt_policy != "quarantine":
-                    raise
+                found.append(None)
                 made.stats.num_quarantined += 1
                 made.first_damage = made.first_damage or error
-        return row
+        return found
 
     def _account_for_damage(self, error: DamagedSample, num_quarantined: int) -> None:
         limit = self._settings.quarantine_limit
@@ -285,7 +303,8 @@ def iter_split(
         for start in range(0, total, micro_batch_examples * world_size):
             first = start + rank * micro_batch_examples
             numbers = order[first : min(first + micro_batch_examples, total)].tolist()
-            rows = [Row([reader.read_tokens(number)], number) for number in numbers]
+            tokens = reader.read_many_tokens(numbers)
+            rows = [Row([pair], number) for pair, number in zip(tokens, numbers, strict=True)]
             rows.extend(Row([]) for _ in range(micro_batch_examples - len(rows)))
             yield collate(rows)
     finally:

@@ -268,13 +268,13 @@ def test_more_damage_than_the_limit_stops_the_stream_also_after_a_resume(folder:
 
 
 def test_reading_ahead_hides_slow_storage_behind_the_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = SplitReader.read_tokens
+    real = SplitReader._read
 
-    def slow(self: SplitReader, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def slow(self: SplitReader, number: int, start: int, length: int, crc: int) -> bytes:
         time.sleep(0.004)
-        return real(self, number)
+        return real(self, number, start, length, crc)
 
-    monkeypatch.setattr(SplitReader, "read_tokens", slow)
+    monkeypatch.setattr(SplitReader, "_read", slow)
     waits = {}
     for workers in (0, 2):
         settings = StreamSettings(8, 8, seed=5, loader_workers=workers, prefetch_batches=2)
