@@ -201,6 +201,34 @@ def text_list(row: Row, name: str) -> list[str]:
     return list(value)
 
 
+def list_column(row: Row, name: str, required: bool = True) -> list[Any]:
+    """A column that holds a list of anything; null counts as an empty list, and so does a missing one if not required."""
+    value = column(row, name) if required else optional(row, name)
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple):
+        raise wrong_type(row, name, "a list", value)
+    return list(value)
+
+
+def struct_list(row: Row, name: str) -> list[dict[str, Any]]:
+    """A column that holds a list of structs; null counts as an empty list."""
+    value = list_column(row, name)
+    if not all(isinstance(item, dict) for item in value):
+        raise wrong_type(row, name, "a list of structs", value)
+    return value
+
+
+def list_in(row: Row, name: str, struct: dict[str, Any], key: str) -> list[Any]:
+    """The list under a key of a struct that stands in column `name`; null or absent counts as an empty list."""
+    value = struct.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple):
+        raise wrong_type(row, f"{name}.{key}", "a list", value)
+    return list(value)
+
+
 def integer(row: Row, name: str) -> int:
     """A column that holds a whole number.
 

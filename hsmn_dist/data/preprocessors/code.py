@@ -24,6 +24,7 @@ from hsmn_dist.data.preprocessors.base import (
     UnusableRow,
     column,
     digest,
+    list_in,
     mapping,
     maybe_text,
     optional,
@@ -204,6 +205,23 @@ def _lines(value: Any) -> str:
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def test_pairs(io: Any) -> tuple[list[Any], list[Any], str]:
+    """Inputs, outputs and the function's name ("" for programs that read standard input) of an APPS `input_output`.
+
+    Raises:
+        UnusableRow: there are none, or not as many outputs as inputs.
+    """
+    inputs, outputs = (io.get("inputs"), io.get("outputs")) if isinstance(io, dict) else (None, None)
+    if not isinstance(inputs, list) or not isinstance(outputs, list) or not inputs:
+        raise UnusableRow("no tests")
+    if len(inputs) != len(outputs):
+        raise UnusableRow("not as many outputs as inputs")
+    name = io.get("fn_name") or ""
+    if name and (not isinstance(name, str) or not all(isinstance(given, list) for given in inputs)):
+        raise UnusableRow("tests that call no function")
+    return inputs, outputs, name
+
+
 @row_preprocessor("apps")
 def apps(row: Row) -> Example:
     """question, solutions and input_output (JSON text), starter_code: the first solution, all tests."""
@@ -213,17 +231,12 @@ def apps(row: Row) -> Example:
     if not solutions or not isinstance(solutions, list):
         raise UnusableRow("no solution")
     io = json_column(row, "input_output")
-    if not isinstance(io, dict) or not io.get("inputs"):
-        raise UnusableRow("no tests")
-    entry_point = io.get("fn_name")
+    inputs, outputs, entry_point = test_pairs(io)
     if entry_point:
-        tests = [
-            function_test(entry_point, list(given), wanted)
-            for given, wanted in zip(io["inputs"], io["outputs"], strict=False)
-        ]
+        tests = [function_test(entry_point, list(given), wanted) for given, wanted in zip(inputs, outputs, strict=True)]
         how = FUNCTION_REQUEST
     else:
-        tests = stdin_tests(io["inputs"], io["outputs"])
+        tests = stdin_tests(inputs, outputs)
         how = PROGRAM_REQUEST
     asked = f"{how}\n{starter.rstrip()}\n" if starter.strip() else f"{how}\n"
     problem_id = str(column(row, "problem_id"))
@@ -249,7 +262,7 @@ def apps(row: Row) -> Example:
 def contest_tests(row: Row, name: str) -> list[str]:
     """One of the three test groups of code_contests: a struct of two parallel lists."""
     group = mapping(row, name)
-    return stdin_tests(list(group.get("input") or []), list(group.get("output") or []))
+    return stdin_tests(list_in(row, name, group, "input"), list_in(row, name, group, "output"))
 
 
 @row_preprocessor("codecontests")
@@ -257,8 +270,9 @@ def codecontests(row: Row) -> Example:
     """name, description, three groups of tests, solutions {language, solution}: the first Python 3 solution, all tests."""
     description, name = text(row, "description"), text(row, "name")
     solutions = mapping(row, "solutions")
-    written = zip(solutions.get("language") or [], solutions.get("solution") or [], strict=False)
-    python = [source for language, source in written if language == PYTHON_3 and source.strip()]
+    languages, sources = (list_in(row, "solutions", solutions, key) for key in ("language", "solution"))
+    written = zip(languages, sources, strict=False)
+    python = [str(source) for language, source in written if language == PYTHON_3 and str(source or "").strip()]
     if not python:
         raise UnusableRow("no Python 3 solution")
     groups = [contest_tests(row, f"{group}_tests") for group in ("public", "private", "generated")]

@@ -20,6 +20,7 @@ from hsmn_dist.data.preprocessors.base import (
     column,
     digest,
     integer,
+    list_column,
     maybe_text,
     optional,
     preprocessor,
@@ -41,7 +42,7 @@ def daily_dialog(row: Row) -> list[Example]:
         raise UnusableRow("fewer than two utterances")
     if not all(utterances):
         raise UnusableRow("an empty utterance")
-    acts, emotions = optional(row, "act") or [], optional(row, "emotion") or []
+    acts, emotions = (list_column(row, name, required=False) for name in ("act", "emotion"))
     identity, group = row_id(row), digest(*utterances)
     examples = []
     for last in range(1, len(utterances)):
@@ -120,7 +121,7 @@ def assistant_reply(row: Row, messages: dict[str, Row], tree: str) -> Example | 
     if text(row, "role") != "assistant":
         return None
     path = [row]
-    while (parent := column(path[-1], "parent_id")) is not None:
+    while parent := maybe_text(path[-1], "parent_id"):
         if parent not in messages or len(path) > len(messages):
             raise UnusableRow("a message above it is missing")
         path.append(messages[parent])

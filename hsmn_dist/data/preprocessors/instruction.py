@@ -14,14 +14,13 @@ from hsmn_dist.data.example import Example
 from hsmn_dist.data.preprocessors.base import (
     Row,
     UnusableRow,
-    column,
     digest,
     maybe_text,
     optional,
     row_id,
     row_preprocessor,
+    struct_list,
     text,
-    wrong_type,
 )
 from hsmn_dist.data.preprocessors.wording import dialogue_context, instruction_context, instruction_task
 
@@ -62,7 +61,7 @@ def dolly(row: Row) -> Example:
 def wizardlm(row: Row) -> Example:
     """instruction, output (the 70k release) or conversations [{from, value}] (the 196k release, first exchange)."""
     if "conversations" in row.value:
-        said = column(row, "conversations") or []
+        said = struct_list(row, "conversations")
         if len(said) < 2 or said[0].get("from") != "human" or said[1].get("from") != "gpt":
             raise UnusableRow("no question with an answer")
         instruction, response = str(said[0].get("value") or ""), str(said[1].get("value") or "")
@@ -78,10 +77,10 @@ def messages_of(row: Row, name: str) -> list[dict[str, str]]:
     Raises:
         UnusableRow: it is empty, or does not end with a reply of the assistant.
     """
-    value = column(row, name)
-    if value is not None and not isinstance(value, list):
-        raise wrong_type(row, name, "a list of {content, role}", value)
-    turns = [{"role": str(m.get("role")), "text": str(m.get("content") or "").strip()} for m in value or []]
+    turns = [
+        {"role": str(message.get("role")), "text": str(message.get("content") or "").strip()}
+        for message in struct_list(row, name)
+    ]
     if len(turns) < 2 or turns[-1]["role"] != "assistant" or not turns[-1]["text"]:
         raise UnusableRow(f"{name} does not end with a reply")
     return turns

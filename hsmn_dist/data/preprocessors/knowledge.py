@@ -21,6 +21,7 @@ from hsmn_dist.data.preprocessors.base import (
     column,
     digest,
     integer,
+    list_in,
     mapping,
     maybe_text,
     optional,
@@ -68,10 +69,10 @@ def arc(row: Row) -> Example:
     """id, question, choices {text, label}, answerKey: three to five choices, labelled by letters or by numbers."""
     question = text(row, "question")
     both = mapping(row, "choices")
-    choices, labels = list(both.get("text") or []), list(both.get("label") or [])
+    choices, labels = list_in(row, "choices", both, "text"), list_in(row, "choices", both, "label")
     key = text(row, "answerKey").strip()
-    if len(choices) != len(labels):
-        raise wrong_type(row, "choices", "two lists of one length, text and label,", both)
+    if len(choices) != len(labels) or not all(isinstance(item, str) for item in [*choices, *labels]):
+        raise wrong_type(row, "choices", "two lists of texts of one length, text and label,", both)
     if key not in labels:
         raise UnusableRow("the answer is none of the choices")
     gold = labels.index(key)
@@ -155,29 +156,34 @@ def nq_open(row: Row) -> Example:
     )
 
 
-def annotated_answers(annotations: dict[str, Any]) -> list[str]:
+def annotated_answers(row: Row, annotations: dict[str, Any]) -> list[str]:
     """One answer per annotator: the short answers joined by ", ", else yes or no. Without duplicates."""
     answers: list[str] = []
-    verdicts = annotations.get("yes_no_answer") or []
-    for index, short in enumerate(annotations.get("short_answers") or []):
-        words = [str(word).strip() for word in (short or {}).get("text") or [] if str(word).strip()]
+    verdicts = list_in(row, "annotations", annotations, "yes_no_answer")
+    for index, short in enumerate(list_in(row, "annotations", annotations, "short_answers")):
+        spans = list_in(row, "annotations.short_answers", _struct(short), "text")
+        words = [str(word).strip() for word in spans if str(word).strip()]
         verdict = verdicts[index] if index < len(verdicts) else -1
-        answer = ", ".join(words) or {0: "no", 1: "yes"}.get(verdict, "")
+        answer = ", ".join(words) or ("no" if verdict == 0 else "yes" if verdict == 1 else "")
         if answer and answer not in answers:
             answers.append(answer)
     return answers
 
 
-def long_answer(document: dict[str, Any], annotations: dict[str, Any]) -> str:
+def long_answer(row: Row, document: dict[str, Any], annotations: dict[str, Any]) -> str:
     """The words (no HTML) of the first long answer that was marked on the page, "" when none was."""
-    tokens = document.get("tokens") or {}
-    words, is_html = tokens.get("token") or [], tokens.get("is_html") or []
-    for span in annotations.get("long_answer") or []:
-        start, end = span.get("start_token", -1), span.get("end_token", -1)
-        if start >= 0:
-            pairs = zip(words[start:end], is_html[start:end], strict=True)
-            return " ".join(word for word, html in pairs if not html)
+    tokens = _struct(document.get("tokens"))
+    words, is_html = (list_in(row, "document.tokens", tokens, key) for key in ("token", "is_html"))
+    for span in list_in(row, "annotations", annotations, "long_answer"):
+        start, end = (_struct(span).get(key, -1) for key in ("start_token", "end_token"))
+        if isinstance(start, int) and isinstance(end, int) and start >= 0:
+            pairs = zip(words[start:end], is_html[start:end], strict=False)
+            return " ".join(str(word) for word, html in pairs if not html)
     return ""
+
+
+def _struct(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 @row_preprocessor("natural_questions")
@@ -186,20 +192,22 @@ def natural_questions(row: Row) -> Example:
 
     What is lost: the rest of the page (tens of thousands of words), so this is reading, not search.
     """
-    question = mapping(row, "question").get("text") or ""
+    question = mapping(row, "question").get("text")
     document, annotations = mapping(row, "document"), mapping(row, "annotations")
-    if not question.strip():
+    if question is not None and not isinstance(question, str):
+        raise wrong_type(row, "question.text", "text", question)
+    if not (question or "").strip():
         raise UnusableRow("empty question")
-    answers = annotated_answers(annotations)
+    answers = annotated_answers(row, annotations)
     if not answers:
         raise UnusableRow("no short answer and no yes or no")
     title = str(document.get("title") or "")
     return Example(
-        context=question_context(question, passage=long_answer(document, annotations)),
+        context=question_context(str(question), passage=long_answer(row, document, annotations)),
         target=answers[0],
         task="chat",
         id=str(column(row, "id")),
-        group=title or digest(question),
+        group=title or digest(str(question)),
         kind="open_question",
         meta={"answers": answers, "title": title},
     )

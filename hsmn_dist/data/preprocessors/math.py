@@ -16,6 +16,7 @@ from hsmn_dist.data.preprocessors.base import (
     UnusableRow,
     column,
     digest,
+    list_column,
     optional,
     row_id,
     row_preprocessor,
@@ -97,14 +98,14 @@ def math(row: Row) -> Example:
 
 def verified_trace(row: Row) -> str:
     """The first complete generation that a verifier found right, "" when the row has none."""
-    traces = column(row, "generations") or []
-    complete = optional(row, "is_reasoning_complete") or []
-    verdicts = [optional(row, name) or [] for name in ("correctness_math_verify", "correctness_llama")]
+    traces = text_list(row, "generations")
+    complete = list_column(row, "is_reasoning_complete", required=False)
+    verdicts = [list_column(row, name, required=False) for name in ("correctness_math_verify", "correctness_llama")]
     for index, trace in enumerate(traces):
         right = any(index < len(verdict) and verdict[index] is True for verdict in verdicts)
         whole = index >= len(complete) or complete[index] is not False
         if right and whole and trace.strip():
-            return str(trace).strip()
+            return trace.strip()
     return ""
 
 
@@ -149,7 +150,7 @@ def mathqa_options(options: str) -> list[str]:
                 break
             starts.append((found.start(), found.end()))
             position = found.end()
-        ends = [start for start, _ in starts[1:]] + [len(options)]
+        ends = [start for start, _ in starts[1:]] + [len(options)] * bool(starts)
         items = [options[begin:end] for (_, begin), end in zip(starts, ends, strict=True)]
     return [_MATHQA_ITEM.sub("", str(item).strip()).strip(" ,") for item in items]
 
