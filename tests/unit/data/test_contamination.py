@@ -165,7 +165,7 @@ def test_real_items_planted_in_training_text_are_found_and_no_others():
     lines = (shared_data("gsm8k") / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [Row(f"g:{number}", json.loads(line)) for number, line in enumerate(lines)]
     examples = list(get_preprocessor("gsm8k")(rows, SkipCounter()))
-    items, training = examples[:20], examples[20:]
+    items, training = examples[:10], examples[10:70]
     assert only(items, training).contaminated_ids == slow_ids(items, training, 13, 8)
     planted = random.Random(3).sample(items, 7)
     texts = [example(f"p{n}", f"Someone wrote: {item.context} {item.target}") for n, item in enumerate(planted)]
