@@ -6,6 +6,8 @@ saves nearly half of the work (its keys and values are still those of the whole 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +17,11 @@ from hsmn_dist.models.example_rows import current_rows, example_rows
 from hsmn_dist.models.layers.attention import Attention
 from hsmn_dist.models.layers.feed_forward import Activation, FeedForward
 from hsmn_dist.models.layers.norms import build_norm
+
+
+def announced_rows(owners: Tensor | None) -> AbstractContextManager[None]:
+    """`example_rows`, except inside torch.compile, which cannot trace it (and where nobody listens)."""
+    return nullcontext() if torch.compiler.is_compiling() else example_rows(owners)
 
 
 class EncoderLayer(nn.Module):
@@ -70,8 +77,8 @@ class ChunkEncoder(nn.Module):
     def forward(self, embedded: Tensor, mask: Tensor) -> Tensor:
         """Embedded tokens [R, S, D] of R chunks, mask [R, S] -> CLS vectors [R, D]."""
         if not 0 < self.group_chunks < embedded.shape[0]:
-            return self._encode(embedded, mask, current_rows())
-        owners = current_rows()
+            return self._encode(embedded, mask, None if torch.compiler.is_compiling() else current_rows())
+        owners = None if torch.compiler.is_compiling() else current_rows()
         groups = []
         for start in range(0, embedded.shape[0], self.group_chunks):
             part = slice(start, start + self.group_chunks)
@@ -84,7 +91,7 @@ class ChunkEncoder(nn.Module):
 
     def _encode(self, embedded: Tensor, mask: Tensor, owners: Tensor | None) -> Tensor:
         num_chunks, chunk_size, _ = embedded.shape
-        with example_rows(owners):
+        with announced_rows(owners):
             positions = torch.arange(chunk_size + 1, device=mask.device).expand(num_chunks, -1)
             x = self.dropout(F.pad(embedded, (0, 0, 1, 0)) + self.position_embedding(positions))  # [R, S + 1, D]
             key_mask = F.pad(mask, (1, 0), value=True)[:, None, None, :]

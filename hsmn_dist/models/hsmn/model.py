@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hsmn_dist.config.models import HsmnConfig
 from hsmn_dist.foundation.param_role import ParamRole
 from hsmn_dist.models.contract import BOS_ID, LanguageModel, ModelInput, ModelOutput, TargetLoss
-from hsmn_dist.models.example_rows import example_rows, tied_linear
+from hsmn_dist.models.example_rows import tied_linear
 from hsmn_dist.models.hsmn import bad_input
-from hsmn_dist.models.hsmn.chunk_encoder import ChunkEncoder, EncoderLayer
+from hsmn_dist.models.hsmn.chunk_encoder import ChunkEncoder, EncoderLayer, announced_rows
 from hsmn_dist.models.hsmn.chunker import Chunks, StreamingChunker
 from hsmn_dist.models.hsmn.initial_weights import draw_weights
 from hsmn_dist.models.hsmn.memory_codes import MemoryCodes
@@ -150,7 +151,8 @@ class HsmnModel(LanguageModel):
     def read_context(self, context_ids: Tensor, context_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Context [B, n] and mask -> memory nodes [B, N, D] and [B, N] bool, which of them may be attended to."""
         chunks = self.chunker(context_ids, context_mask)
-        has_tokens = chunks.mask.any(dim=-1)  # [B, C]
+        is_owned = torch.arange(chunks.mask.shape[1], device=context_ids.device) < chunks.num_chunks[:, None]
+        has_tokens = is_owned & chunks.mask.any(dim=-1)  # [B, C]
         leaves = self.encode_chunks(chunks.ids, chunks.mask, has_tokens)
         tree = self.tree(leaves, has_tokens, chunks.num_chunks)
         return self._decompress(tree, chunks), tree.is_valid
@@ -172,7 +174,7 @@ class HsmnModel(LanguageModel):
         return leaves.masked_fill(~has_tokens[..., None], 0.0)
 
     def _encode_rows(self, ids: Tensor, mask: Tensor, owners: Tensor) -> Tensor:
-        with example_rows(owners):
+        with announced_rows(owners):
             return self.compressor(self.encoder(self.context_embedding(ids), mask))  # [R, k]
 
     def _decompress(self, tree: Tree, chunks: Chunks) -> Tensor:
@@ -246,6 +248,8 @@ class HsmnModel(LanguageModel):
     def _logits(self, hidden: Tensor) -> Tensor:
         if self.head is None:
             # A tied head reads the table outside its module; ZeRO-3 registers it as an external parameter by itself.
+            if torch.compiler.is_compiling():
+                return F.linear(hidden, self.target_embedding.weight)
             return tied_linear(hidden, self.target_embedding.weight)
         return self.head(hidden)
 
@@ -260,7 +264,7 @@ class HsmnModel(LanguageModel):
             nll = losses.float().unflatten(0, (num_rows, num_positions))
             return ModelOutput(nll=nll.masked_fill(~inputs.loss_mask, 0.0))
         rows, positions = inputs.loss_mask.nonzero(as_tuple=True)  # [M]
-        with example_rows(rows):
+        with announced_rows(rows):
             logits = self._logits(hidden[rows, positions])  # [M, V]
         losses = target_loss(logits, inputs.target_ids[rows, positions], rows, positions)
         nll = torch.zeros(inputs.loss_mask.shape, dtype=losses.dtype, device=losses.device)
