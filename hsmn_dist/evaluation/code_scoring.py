@@ -3,6 +3,9 @@
 Two forms of tests (`meta["test_format"]`): "python" tests are put after the program and raise when it is wrong; "stdin"
 tests are JSON pairs of input and output, one run each, stopped at the first failure.
 
+A problem that has several right outputs and a checker of its own (some of CodeContests) is scored too low: outputs are
+compared with the one that is given.
+
 A python test passes only if the line after the last test was reached: a random word is printed there, so `exit()` in the
 middle of a program does not count as a pass. Source: Chen et al. 2021 (arXiv 2107.03374).
 """
@@ -92,12 +95,13 @@ def run_tests(sandbox: Sandbox, examples: Sequence[Example], completions: Sequen
 
 
 def python_program(example: Example, completion: str, last_word: str) -> Program:
-    """Setup, program and tests in one file; it prints `last_word` when all tests were reached."""
+    """Program, setup and tests in one file; it prints `last_word` when all tests were reached."""
     prompt = str(example.meta.get("prompt") or "")
     body = prompt + code_completion(completion, prompt)
     tests = "\n".join(str(test) for test in example.meta["tests"])
     setup = str(example.meta.get("setup") or "")
-    return Program(f"{setup}\n{body}\n{tests}\nprint({last_word!r})\n")
+    # The setup comes after the program, as in MBPP: it may use what the program defines.
+    return Program(f"{body}\n{setup}\n{tests}\nprint({last_word!r})\n")
 
 
 def _passes_stdin(sandbox: Sandbox, example: Example, completion: str) -> bool:
