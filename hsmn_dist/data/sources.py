@@ -70,6 +70,30 @@ def all_sources() -> tuple[DatasetSource, ...]:
     return tuple(SOURCES[name] for name in sorted(SOURCES))
 
 
+_LAYOUT = (
+    "## How an example reads",
+    "",
+    "Every dataset becomes `Example`s (`hsmn_dist/data/example.py`): a context that ends in a label or a line break, the",
+    "target that follows it, and in `meta` what scoring needs.",
+    "",
+    "| kind | context | target | meta |",
+    "| --- | --- | --- | --- |",
+    "| multiple choice | `Question: ...`, `A. ...`, `B. ...`, `Answer: ` (hellaswag, truthfulqa: without the choices) "
+    "| text of the right choice | choices, gold |",
+    "| exact answer | `Problem: ...`, `Solution: ` | the whole worked solution | answer |",
+    "| open question | `Passage: ...` if there is one, `Question: ...`, `Answer: ` | first right answer | answers |",
+    "| code | the task, its tests or signature, `Code:` (human_eval: the prompt as it stands) | the program "
+    "| tests, test_format, entry_point, prompt, setup |",
+    "| dialogue | `User: ...`, `Assistant: ...`, and so on, `Assistant: ` | the reply | turns, the reply included |",
+    "| preference | as dialogue | the chosen reply | chosen, rejected, both scores |",
+    "| ranking | `Subject: ...`, `Question: ...`, `Answer: ` | the first right sentence | candidates, labels |",
+    "| free text | `Instruction: ...`, `Input: ...` if there is one, `Response: `; verses; a docstring | the response |  |",
+    "",
+    "Rows that cannot be used are counted by reason (`empty answer`, `hidden label`, ...) with the first places where each",
+    "was met; a column that is missing or of another type stops the preparation with file, row and the columns found.",
+)
+
+
 def split_words(source: DatasetSource) -> str:
     """Splits with their numbers of rows, those that may train in bold, for the page."""
     words = []
@@ -119,6 +143,7 @@ def datasets_page() -> str:
             licence,
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *_LAYOUT]
     for source in all_sources():
         lines += ["", *_section(source)]
     return "\n".join(lines) + "\n"

@@ -243,12 +243,27 @@ def integer(row: Row, name: str) -> int:
     return value
 
 
+def as_struct(value: Any) -> dict[str, Any] | None:
+    """A struct as it is; a list of structs as one struct of parallel lists; None for anything else.
+
+    Readers of one and the same file differ in which of the two they give ({text: [..], label: [..]} or
+    [{text, label}, ..]).
+    """
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(item, dict) for item in value):
+        keys = dict.fromkeys(key for item in value for key in item)
+        return {key: [item.get(key) for item in value] for key in keys}
+    return None
+
+
 def mapping(row: Row, name: str) -> dict[str, Any]:
-    """A column that holds a struct (in the hub's files, often one of parallel lists)."""
+    """A column that holds a struct (in the hub's files, often one of parallel lists), or a list of structs."""
     value = column(row, name)
-    if not isinstance(value, dict):
+    struct = as_struct(value)
+    if struct is None:
         raise wrong_type(row, name, "a struct", value)
-    return value
+    return struct
 
 
 def digest(*parts: str) -> str:

@@ -18,6 +18,7 @@ from hsmn_dist.data.preprocessors.base import (
     Row,
     SkipCounter,
     UnusableRow,
+    as_struct,
     column,
     digest,
     integer,
@@ -161,7 +162,7 @@ def annotated_answers(row: Row, annotations: dict[str, Any]) -> list[str]:
     answers: list[str] = []
     verdicts = list_in(row, "annotations", annotations, "yes_no_answer")
     for index, short in enumerate(list_in(row, "annotations", annotations, "short_answers")):
-        spans = list_in(row, "annotations.short_answers", _struct(short), "text")
+        spans = list_in(row, "annotations.short_answers", as_struct(short) or {}, "text")
         words = [str(word).strip() for word in spans if str(word).strip()]
         verdict = verdicts[index] if index < len(verdicts) else -1
         answer = ", ".join(words) or ("no" if verdict == 0 else "yes" if verdict == 1 else "")
@@ -172,18 +173,14 @@ def annotated_answers(row: Row, annotations: dict[str, Any]) -> list[str]:
 
 def long_answer(row: Row, document: dict[str, Any], annotations: dict[str, Any]) -> str:
     """The words (no HTML) of the first long answer that was marked on the page, "" when none was."""
-    tokens = _struct(document.get("tokens"))
+    tokens = as_struct(document.get("tokens")) or {}
     words, is_html = (list_in(row, "document.tokens", tokens, key) for key in ("token", "is_html"))
     for span in list_in(row, "annotations", annotations, "long_answer"):
-        start, end = (_struct(span).get(key, -1) for key in ("start_token", "end_token"))
+        start, end = ((as_struct(span) or {}).get(key, -1) for key in ("start_token", "end_token"))
         if isinstance(start, int) and isinstance(end, int) and start >= 0:
             pairs = zip(words[start:end], is_html[start:end], strict=False)
             return " ".join(str(word) for word, html in pairs if not html)
     return ""
-
-
-def _struct(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 @row_preprocessor("natural_questions")

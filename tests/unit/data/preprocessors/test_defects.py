@@ -355,3 +355,22 @@ def test_rows_whose_every_column_is_null_are_counted_and_never_raise_an_inner_si
     else:
         assert examples == []
         assert skipped.total == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("arc_easy", ["choices"]),
+        ("codecontests", ["solutions", "public_tests", "private_tests", "generated_tests"]),
+        ("natural_questions", ["annotations"]),
+    ],
+)
+def test_a_struct_of_lists_and_a_list_of_structs_give_the_same_example(name, columns):
+    for value in golden(name)["own"]["rows"][:2]:
+        turned = dict(value)
+        for column in columns:
+            lists = turned[column]
+            turned[column] = [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
+        if all(turned[column] for column in columns):
+            same, other = made(name, [value]), made(name, [turned])
+            assert [(e.context, e.target, e.meta) for e in same] == [(e.context, e.target, e.meta) for e in other]
