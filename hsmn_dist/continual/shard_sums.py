@@ -22,6 +22,8 @@ from torch import Tensor
 from hsmn_dist.distributed.collectives import all_gather_objects
 from hsmn_dist.distributed.shards import ParamShard, owned_range
 
+_BUCKET_ELEMENTS = 1 << 24
+
 
 class ShardSums:
     """Sums over micro-batches and ranks, one [stop - start] tensor per shard.
@@ -46,6 +48,7 @@ class ShardSums:
         self._group = dist.new_group() if self._world_size > 1 and not keeps_whole else None
         self._next = len(self._shards) - 1
         self._is_done: set[int] = set()
+        self._bucket: list[int] = []
 
     def buffer(self, name: str) -> Tensor:
         """The whole parameter's sum on this rank, in the parameter's shape; zeros when it is new."""
@@ -70,6 +73,7 @@ class ShardSums:
         """The backward pass is over: reduce what is left."""
         if not self.keeps_whole:
             self._advance(only_done=False)
+            self._reduce_bucket()
             self._next = len(self._shards) - 1
             self._is_done.clear()
 
@@ -77,7 +81,8 @@ class ShardSums:
         """This rank's ranges of the sums over all ranks and passes; with `clears`, start again from zero."""
         if self.keeps_whole:
             for place in range(len(self._shards)):
-                self._reduce(place)
+                self._put_into_bucket(place)
+            self._reduce_bucket()
         totals = self._local
         if clears:
             self._local = [torch.zeros_like(total) for total in totals]
@@ -97,30 +102,53 @@ class ShardSums:
 
     def _advance(self, only_done: bool) -> None:
         while self._next >= 0 and (not only_done or self._next in self._is_done):
-            self._reduce(self._next)
+            self._put_into_bucket(self._next)
             self._next -= 1
 
-    def _reduce(self, place: int) -> None:
-        shard = self._shards[place]
+    def _put_into_bucket(self, place: int) -> None:
+        """Reduce many small parameters together; the bucket's limits are the same on every rank."""
         if self._world_size == 1:
             whole = self._whole.pop(place, None)
             if whole is not None:
-                self._add(place, whole.view(-1)[shard.start : shard.stop])
+                shard = self._shards[place]
+                self._local[place].add_(whole.view(-1)[shard.start : shard.stop].to(self._local[place].device))
             return
-        flat = self.buffer(shard.name).view(-1)
-        del self._whole[place]
-        piece = _equal_piece([ranges[place] for ranges in self._ranges], flat.numel())
-        if piece is None:
-            dist.all_reduce(flat, group=self._group)
-            self._add(place, flat[shard.start : shard.stop])
-            return
-        padded = torch.nn.functional.pad(flat, (0, piece * self._world_size - flat.numel()))
-        mine = padded.new_empty(piece)
-        dist.reduce_scatter_tensor(mine, padded, group=self._group)
-        self._add(place, mine[: shard.stop - shard.start])
+        self._bucket.append(place)
+        if sum(torch.Size(self._shards[p].shape).numel() for p in self._bucket) >= _BUCKET_ELEMENTS:
+            self._reduce_bucket()
 
-    def _add(self, place: int, part: Tensor) -> None:
-        self._local[place].add_(part.to(self._local[place].device))
+    def _reduce_bucket(self) -> None:
+        places, self._bucket = self._bucket, []
+        if not places:
+            return
+        wholes = [self.buffer(self._shards[place].name).view(-1) for place in places]
+        for place in places:
+            del self._whole[place]
+        pieces = [
+            _equal_piece([r[place] for r in self._ranges], w.numel()) for place, w in zip(places, wholes, strict=True)
+        ]
+        if all(piece is not None for piece in pieces):
+            mine = self._scattered(wholes, [piece or 0 for piece in pieces])
+        else:
+            flat = torch.cat(wholes)
+            dist.all_reduce(flat, group=self._group)
+            mine = [
+                part[self._shards[place].start : self._shards[place].stop]
+                for place, part in zip(places, flat.split([w.numel() for w in wholes]), strict=True)
+            ]
+        for place, part in zip(places, mine, strict=True):
+            local = self._local[place]
+            local.add_(part[: local.numel()].to(local.device))
+
+    def _scattered(self, wholes: list[Tensor], pieces: list[int]) -> list[Tensor]:
+        """Each rank's equal pieces of all tensors, by one reduce-scatter of [ranks, sum of pieces]."""
+        columns = [
+            torch.nn.functional.pad(whole, (0, piece * self._world_size - whole.numel())).view(self._world_size, piece)
+            for whole, piece in zip(wholes, pieces, strict=True)
+        ]
+        mine = wholes[0].new_empty(sum(pieces))
+        dist.reduce_scatter_tensor(mine, torch.cat(columns, dim=1).view(-1), group=self._group)
+        return list(mine.split(pieces))
 
 
 def _equal_piece(ranges: Sequence[tuple[int, int]], num_elements: int) -> int | None:
