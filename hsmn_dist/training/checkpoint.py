@@ -68,7 +68,6 @@ class TrainState:
         num_skipped_steps: steps whose gradient was not applied.
         num_rollbacks: times that training went back to a checkpoint.
         recent_losses: the losses that the spike detector looks at.
-        extra: what parts of the loop keep for themselves (pruning).
     """
 
     step: int = 0
@@ -82,7 +81,6 @@ class TrainState:
     num_skipped_steps: int = 0
     num_rollbacks: int = 0
     recent_losses: list[float] = field(default_factory=list)
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> TrainState:

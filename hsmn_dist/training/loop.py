@@ -71,16 +71,12 @@ class WeightMask(Protocol):
         """Apply after optimizer step `step`; True when values were edited."""
         ...
 
+    def read(self, shards: Sequence[ParamShard], step: int) -> None:
+        """Take up the masks of a checkpoint after `step` steps from the weights that it brought back."""
+        ...
+
     def metrics(self) -> dict[str, float]:
         """Named numbers for the tracker."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed stage needs, JSON."""
-        ...
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`."""
         ...
 
 
@@ -193,8 +189,8 @@ class _Stage:
         self._started = time.monotonic()
         restored = parts.checkpointer.restore(parts.engine)
         self._state = restored or TrainState()
-        if parts.mask is not None and restored is not None:
-            parts.mask.restore(restored.extra.get("mask", {}))
+        if parts.mask is not None:
+            parts.mask.read(parts.engine.param_shards(with_gradients=False), self._state.step)
         if restored is not None:
             log.info("resumed at step %d of %d", restored.step, parts.num_steps)
 
@@ -316,7 +312,7 @@ class _Stage:
         before.num_skipped_steps, before.num_rollbacks = now.num_skipped_steps, now.num_rollbacks + 1
         self._state = before
         if parts.mask is not None:
-            parts.mask.restore(before.extra.get("mask", {}))
+            parts.mask.read(self._engine.param_shards(with_gradients=False), before.step)
         return True
 
     def _keep_up(self) -> None:
@@ -330,8 +326,6 @@ class _Stage:
 
     def _save(self) -> None:
         with self._meter.part("checkpoint"):
-            if self._parts.mask is not None:
-                self._state.extra["mask"] = self._parts.mask.state()
             self._parts.checkpointer.save(self._engine, self._state)
 
     def _validate(self) -> None:

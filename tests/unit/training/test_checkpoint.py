@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from hsmn_dist.distributed.world import World
+from hsmn_dist.foundation.errors import CheckpointError, StageFailed
+from hsmn_dist.training.checkpoint import MANIFEST, SAVE_POINTS, Checkpointer, TrainState
+from hsmn_dist.training.engine import Engine
+from tests.support.models import tiny_batch
+from tests.support.stages import TinyStage, training_config
+
+
+def make_engine(folder: Path) -> Engine:
+    return TinyStage(folder, World(), training_config(global_batch_examples=2)).parts().engine
+
+
+def train_a_step(engine: Engine, seed: int) -> None:
+    engine.forward_backward(tiny_batch(seed, 2), 5)
+    engine.step(0.01)
+
+
+def in_a_process_that_dies(work: Callable[[], None]) -> int:
+    """Fork, work, and the signal or status that ended the child."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def test_a_kill_at_any_point_of_a_save_leaves_the_last_complete_checkpoint(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+    reached: set[str] = set()
+    for point in SAVE_POINTS:
+        folder = tmp_path / point
+        train_a_step(engine, 1)
+        Checkpointer(folder, World()).save(engine, TrainState(step=1))
+        # The same step again, so that a complete one is replaced; then the next one.
+        for step in (1, 2):
+            before = engine.state_dict()
+            train_a_step(engine, 2)
+            after = engine.state_dict()
+
+            def die(at: str, point: str = point) -> None:
+                if at == point:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            def save(step: int = step, folder: Path = folder, die: Callable[[str], None] = die) -> None:
+                Checkpointer(folder, World(), keep_last=1, at_point=die).save(engine, TrainState(step=step))
+
+            ended_by = in_a_process_that_dies(save)
+            if ended_by == signal.SIGKILL:
+                reached.add(point)
+            other = make_engine(tmp_path)
+            state = Checkpointer(folder, World()).restore(other)
+            if point == "replaced_old" and step == 1:
+                assert state is None, "the only checkpoint was being replaced by one of the same step"
+                Checkpointer(folder, World()).save(engine, TrainState(step=1))
+                continue
+            assert state is not None
+            is_new = point in ("renamed", "pruned") or ended_by == 0
+            assert state.step == (step if is_new else 1)
+            wanted = after if is_new else before
+            assert all(torch.equal(value, wanted[name]) for name, value in other.state_dict().items())
+            # What the dead writer left never blocks the next save.
+            Checkpointer(folder, World()).save(engine, TrainState(step=step))
+            assert not list(folder.glob(".*"))
+    assert reached == set(SAVE_POINTS)
+
+
+def test_the_newest_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine, keeper = make_engine(tmp_path), Checkpointer(tmp_path / "c", World(), keep_last=3)
+    for step in (1, 2, 3):
+        train_a_step(engine, step)
+        keeper.save(engine, TrainState(step=step))
+    newest = tmp_path / "c" / "step_00000003" / "rank_00000.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    (tmp_path / "c" / "step_00000002" / MANIFEST).unlink()
+    state = Checkpointer(tmp_path / "c", World()).restore(make_engine(tmp_path))
+    assert state is not None and state.step == 1
+    assert "step_00000003" in caplog.text and "damaged" in caplog.text
+
+
+def test_old_checkpoints_go_and_the_best_weights_stay_while_a_checkpoint_speaks_of_them(tmp_path: Path) -> None:
+    engine, keeper = make_engine(tmp_path), Checkpointer(tmp_path / "c", World(), keep_last=2)
+    state = TrainState()
+    for step in range(1, 6):
+        train_a_step(engine, step)
+        state.step = step
+        if step in (1, 4):
+            state.best_step, state.best_loss = step, 1.0 / step
+            keeper.save_best(engine, state)
+        keeper.save(engine, state)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
+        "best_00000004",
+        "step_00000004",
+        "step_00000005",
+    ]
+
+
+def test_best_weights_come_back_alone(tmp_path: Path) -> None:
+    engine, keeper = make_engine(tmp_path), Checkpointer(tmp_path / "c", World())
+    train_a_step(engine, 1)
+    keeper.save_best(engine, TrainState(best_step=1))
+    best = engine.state_dict()
+    train_a_step(engine, 2)
+    assert keeper.restore_best(engine, TrainState(best_step=1))
+    assert all(torch.equal(value, best[name]) for name, value in engine.state_dict().items())
+    assert not keeper.restore_best(engine, TrainState(best_step=7))
+
+
+def test_a_state_survives_json(tmp_path: Path) -> None:
+    engine, keeper = make_engine(tmp_path), Checkpointer(tmp_path / "c", World())
+    state = TrainState(
+        3, {"samples_seen": 4}, 0.1 + 0.2, 2, 1, [(0, 3.5), (2, 0.30000000000000004)], 10, 20, 1, 1, [1.5]
+    )
+    keeper.save(engine, state)
+    torch.manual_seed(99)
+    assert Checkpointer(tmp_path / "c", World()).restore(engine) == state
+
+
+def test_random_generators_go_on_where_they_were(tmp_path: Path) -> None:
+    engine, keeper = make_engine(tmp_path), Checkpointer(tmp_path / "c", World())
+    keeper.save(engine, TrainState(step=1))
+    drawn = torch.rand(3)
+    torch.manual_seed(99)
+    keeper.restore(engine)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_an_attempt_that_was_replaced_may_not_commit(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+    Checkpointer(tmp_path / "c", World()).save(engine, TrainState(step=1))
+
+    def fenced() -> None:
+        raise StageFailed("this attempt was replaced", kind="fenced")
+
+    with pytest.raises(StageFailed, match="replaced"):
+        Checkpointer(tmp_path / "c", World(), may_commit=fenced).save(engine, TrainState(step=2))
+    state = Checkpointer(tmp_path / "c", World()).restore(engine)
+    assert state is not None and state.step == 1
+
+
+def test_an_unknown_key_in_the_state_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="colour"):
+        TrainState.from_json({"step": 1, "colour": "red"})
+
+
+def test_a_shard_file_that_is_a_pickle_is_refused_and_runs_nothing(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {marker}",)
+
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    torch.save({"value": Evil()}, folder / "rank_00000.safetensors")
+    with pytest.raises(CheckpointError, match="not a shard file"):
+        engine.load(folder)
+    assert not marker.exists()
+
+
+def test_weights_of_another_model_are_refused_by_name_and_shape(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+    weights = engine.state_dict()
+    with pytest.raises(CheckpointError, match="missing"):
+        engine.load_weights({name: value for name, value in weights.items() if "head" not in name})
+    with pytest.raises(CheckpointError, match=r"head.weight"):
+        engine.load_weights({**weights, "head.weight": torch.zeros(2, 2)})
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    engine.save(folder)
+    path = folder / "rank_00000.safetensors"
+    header = path.read_bytes()
+    path.write_bytes(header.replace(b"head.weight", b"tail.weight"))
+    with pytest.raises(CheckpointError, match=r"tail.weight"):
+        engine.load(folder)
+
+
+def test_the_manifest_lists_every_file_with_its_hash(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+    path = Checkpointer(tmp_path / "c", World()).save(engine, TrainState(step=1))
+    manifest = json.loads((path / MANIFEST).read_text())
+    assert sorted(manifest["files"]) == sorted(file.name for file in path.iterdir() if file.name != MANIFEST)
+    assert manifest["world_size"] == 1
