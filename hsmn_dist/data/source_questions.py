@@ -393,7 +393,7 @@ QUESTION_SOURCES: tuple[DatasetSource, ...] = (
         is_benchmark=False,
         group="problem",
         paper="Open R1 (Hugging Face) 2025",
-        note="A reasoning trace that a verifier found right is the target; where there is none, the written solution. In the real rows at hand only problem, solution and answer are filled; traces were tested on made-up rows.",
+        note="A reasoning trace that a verifier found right is the target; where there is none, the written solution, with the answer boxed in its last line if it had no box. In the real rows at hand only problem, solution and answer are filled; traces were tested on made-up rows.",
     ),
     DatasetSource(
         name="nq_open",

@@ -111,7 +111,10 @@ def verified_trace(row: Row) -> str:
 
 @row_preprocessor("open_r1_math")
 def open_r1_math(row: Row) -> Example:
-    """problem, solution, answer, generations ...: a verified reasoning trace is the target, else the solution."""
+    """problem, solution, answer, generations ...: a verified reasoning trace is the target, else the solution.
+
+    A target without a box gets one with the answer in its last line: it is what the model is asked for and scored by.
+    """
     problem = text(row, "problem")
     trace = verified_trace(row)
     solution = column(row, "solution") or ""
@@ -121,6 +124,8 @@ def open_r1_math(row: Row) -> Example:
     answer = str(column(row, "answer") or "").strip() or last_boxed(target)
     if not answer:
         raise UnusableRow("empty answer")
+    if not last_boxed(target):
+        target += f"\n\\boxed{{{answer}}}"
     return Example(
         context=problem_context(problem),
         target=target,
