@@ -76,6 +76,24 @@ class ContaminationReport:
         short = f"; {self.num_not_judged} too short to judge" if self.num_not_judged else ""
         return f"{found} with the training data" + (f" ({where})" if where else "") + short
 
+    def scorecard_entry(self) -> dict[str, Any]:
+        """What `build_scorecard(contamination={task: entry})` takes: a status and the counts, without ids and matches."""
+        judged = self.num_items - self.num_not_judged
+        if not judged:
+            return {"status": "not measured", "items": self.num_items, "too short to judge": self.num_not_judged}
+        entry: dict[str, Any] = {
+            "status": "measured",
+            "items": judged,
+            "contaminated": self.num_contaminated,
+            "share": round(self.share, 4),
+            "words in a row": self.ngram_words,
+        }
+        if self.by_training_dataset:
+            entry["in"] = ", ".join(f"{name} {number}" for name, number in self.by_training_dataset.items())
+        if self.num_not_judged:
+            entry["too short to judge"] = self.num_not_judged
+        return entry
+
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values."""
         return asdict(self)

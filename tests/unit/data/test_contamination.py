@@ -156,6 +156,21 @@ def test_a_report_survives_json():
     assert ContaminationReport.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
+def test_the_scorecard_gets_counts_and_a_status_and_never_a_zero_for_what_was_not_judged():
+    entry = only([example("i", LONG), example("j", "two plus two")], [example("t", LONG)]).scorecard_entry()
+    assert entry == {
+        "status": "measured",
+        "items": 1,
+        "contaminated": 1,
+        "share": 1.0,
+        "words in a row": 13,
+        "in": "train 1",
+        "too short to judge": 1,
+    }
+    unjudged = only([example("j", "two plus two")], []).scorecard_entry()
+    assert unjudged == {"status": "not measured", "items": 1, "too short to judge": 1}
+
+
 def test_lengths_that_make_no_sense_are_refused():
     with pytest.raises(ConfigError, match="n-grams of 5 words"):
         only([example("i", LONG)], [], ngram_words=5, min_words=6)

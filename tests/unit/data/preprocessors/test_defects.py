@@ -46,6 +46,11 @@ def test_rows_given_one_group_at_a_time_yield_as_much_as_rows_given_at_once(name
     assert one_by_one == [example.target for example in own(name)]
 
 
+@pytest.mark.parametrize("name", preprocessor_names())
+def test_examples_have_the_kind_that_the_record_names(name):
+    assert {example.kind for example in own(name)} == {get_source(name).kind}
+
+
 @pytest.mark.parametrize("name", MULTIPLE_CHOICE)
 def test_a_multiple_choice_example_shows_its_choices_and_keeps_them_with_the_gold_index(name):
     for example in own(name):
