@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hsmn_dist.continual.ewc import EwcMemory, EwcPenalty, TaskRecord
-from tests.support.shards import shards_of
+from tests.support.param_shards import shards_of
 
 NUM_ELEMENTS = 400
 RECORD = TaskRecord("task")

@@ -9,7 +9,7 @@ import torch
 
 from hsmn_dist.continual.ewc import EwcMemory, EwcPenalty, TaskRecord, merge_task, proximal_step
 from hsmn_dist.foundation.errors import CheckpointError, ConfigError
-from tests.support.shards import random_weights, shards_of
+from tests.support.param_shards import random_weights, shards_of
 
 SHAPES = {"a.weight": (5, 3), "b": (7,), "scalar": ()}
 RECORD = TaskRecord("first", num_examples=8)

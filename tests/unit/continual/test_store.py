@@ -22,7 +22,7 @@ from hsmn_dist.continual.store import (
 )
 from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.errors import CheckpointError
-from tests.support.shards import random_weights, shards_of
+from tests.support.param_shards import random_weights, shards_of
 
 SHAPES = {"a.weight": (5, 3), "b": (7,), "scalar": (), "tiny": (2,)}
 RECORD = TaskRecord("first", estimator="sampled", num_examples=8, seed=5, relative_error=0.5)
