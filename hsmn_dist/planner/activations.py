@@ -1,0 +1,168 @@
+"""Bytes that a forward pass keeps for its backward pass, by part, from the configuration and the padded lengths of an example.
+
+Unusual: counted tensor by tensor as our layers save them (a test compares with autograd's saved storages), with fused attention
+(no T x T table); recomputed blocks keep their input alone, and one block at a time is whole again in the backward pass.
+On a CPU torch keeps dropout masks in the tensor's type and takes RMSNorm apart; both are fused on a GPU.
+Source: the method of Korthikanti et al. 2022, arXiv 2205.05198, section 4, applied to our layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hsmn_dist.config.models import HopeConfig, HsmnConfig, ModelConfig
+from hsmn_dist.planner.flops import Lengths, encoded_chunks, no_formula, num_chunks
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How tensors are kept: `element` bytes of an activation (2 under bf16, else 4), and what depends on the device."""
+
+    element: int
+    is_gpu: bool
+
+    @property
+    def mask(self) -> int:
+        """Bytes of one element of a dropout mask."""
+        return 1 if self.is_gpu else self.element
+
+    @property
+    def rms_norm(self) -> int:
+        """Bytes per element that an RMSNorm keeps: its input and its output, and on a CPU the scaled input in fp32."""
+        return 2 * self.element if self.is_gpu else self.element + 2 * FP32
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes per example, and a few per micro-batch.
+
+    Attributes:
+        blocks: kept by each block, in forward order.
+        block_inputs: kept by each block when it is recomputed.
+        outside: kept outside the blocks (embedding, tree).
+        logits: most that head and loss hold at once (log-softmax, and its gradient twice).
+        working: short-lived tensors of a block's backward pass.
+        shared: kept by each block once for the whole micro-batch.
+    """
+
+    blocks: tuple[float, ...]
+    block_inputs: tuple[float, ...]
+    outside: float
+    logits: float
+    working: float
+    shared: float = 0.0
+
+    def peak(self, activation_checkpointing: str, examples: int) -> float:
+        """Most bytes that a micro-batch holds at one moment."""
+        step = {"none": 0, "every_block": 1, "every_second_block": 2}[activation_checkpointing]
+        blocks = [examples * size + self.shared for size in self.blocks]
+        logits, working, outside = (examples * size for size in (self.logits, self.working, self.outside))
+        if not step:
+            return sum(blocks) + outside + max(logits, working)
+        chosen = range(0, len(blocks), step)
+        plain = sum(size for index, size in enumerate(blocks) if index not in chosen)
+        inputs = examples * sum(self.block_inputs[index] for index in chosen)
+        recomputed = max(blocks[index] for index in chosen) + working
+        return plain + inputs + outside + max(logits, recomputed)
+
+
+def activations(config: ModelConfig, lengths: Lengths, storage: Storage) -> Activations:
+    """Bytes that one example's forward pass keeps.
+
+    Raises:
+        PlanError: a variant that the planner has no formula for.
+    """
+    if isinstance(config, HsmnConfig):
+        return _hsmn(config, lengths, storage)
+    assert isinstance(config, HopeConfig)
+    return _hope(config, lengths, storage)
+
+
+def logits_bytes(num_tokens: int, vocab_size: int, storage: Storage) -> float:
+    """Log-softmax in fp32, its gradient in fp32, and the gradient of the logits."""
+    return float(num_tokens * vocab_size * (2 * FP32 + storage.element))
+
+
+def _feed_forward(tokens: int, f: int, storage: Storage, is_gelu: bool, dropout: float) -> float:
+    """Kept behind the norm: the inner activation (twice for gelu and silu), and what dropout keeps."""
+    inner = (2 if is_gelu else 1) * storage.element
+    if dropout > 0:
+        inner += storage.element + storage.mask
+    return float(tokens * f * inner)
+
+
+def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations:
+    d, f, heads, size = config.d_model, config.d_feed_forward, config.num_heads, storage.element
+    rows, chunks = config.chunk_size + 1, encoded_chunks(config, lengths.context_tokens)
+    leaves = num_chunks(config, lengths.context_tokens)
+    nodes, target = 2 * leaves - 1, lengths.target_tokens
+    is_gelu = config.activation != "relu"
+
+    def encoder_layer(queries: int) -> float:
+        masks = 2 * queries * d * storage.mask if config.encoder_dropout > 0 else 0
+        norms = rows * 2 * d * size + queries * 2 * d * size
+        attention = 2 * rows * d * size + 3 * queries * d * size + queries * heads * FP32
+        inner = _feed_forward(queries, f, storage, is_gelu, config.encoder_dropout)
+        return chunks * (norms + attention + masks + inner)
+
+    group = min(config.encoder_group_chunks or chunks, chunks)
+    masks = 3 * d * storage.mask if config.decoder_dropout > 0 else 0
+    decoder: float = target * (13 * d * size + masks + 2 * heads * FP32) + 2 * nodes * d * size
+    decoder += _feed_forward(target, f, storage, is_gelu, config.decoder_dropout)
+    encoder = [encoder_layer(rows)] * (config.num_encoder_layers - 1) + [encoder_layer(1)]
+    inputs = [float(chunks * rows * d * size)] * config.num_encoder_layers
+    if group < chunks:  # groups are recomputed: what stays is their embedded tokens, and one group at a time is whole
+        encoder = [layer * group / chunks for layer in encoder]
+        inputs = [0.0] * config.num_encoder_layers
+    inputs += [float(target * d * size)] * config.num_decoder_layers
+    k, inner_width, rank = config.d_compressed, config.d_aggregator, config.aggregator_rank
+    tree = (leaves - 1) * (2 * k + 2 * rank + inner_width) * size + nodes * k * size
+    embedded = chunks * config.chunk_size * d * size if group < chunks else 0
+    dropout = chunks * rows * d * storage.mask if config.encoder_dropout > 0 else 0
+    dropout += target * d * storage.mask if config.decoder_dropout > 0 else 0
+    outside = chunks * 2 * d * size + tree + nodes * d * size + 2 * target * d * size + embedded + dropout
+    logits = logits_bytes(target, config.vocab_size, storage)
+    working = max(group * rows, target) * (2 * f + 4 * d) * size
+    blocks = (*encoder, *([float(decoder)] * config.num_decoder_layers))
+    return Activations(blocks, tuple(inputs), float(outside), logits, float(working))
+
+
+def _hope(config: HopeConfig, lengths: Lengths, storage: Storage) -> Activations:
+    d, tokens, size = config.d_model, lengths.tokens, storage.element
+    dropout = d * storage.mask if config.dropout > 0 else 0
+    if config.mixer != "attention":
+        raise no_formula("model.mixer", config.mixer, "attention")
+    rotated = 2 * d * size if config.positions == "rotary" else 0
+    tables = 2 * (d // config.num_heads) * size if config.positions == "rotary" and size < FP32 else 0
+    block: float = tokens * (d * storage.rms_norm + dropout + 5 * d * size + rotated + tables + config.num_heads * FP32)
+    if config.uses_cms:
+        block += tokens * (d * storage.rms_norm + dropout) + _continuum(config, tokens, size)
+    if config.uses_mlp:
+        block += tokens * (d * storage.rms_norm + dropout + 2 * config.d_feed_forward * size)
+    inputs = float(tokens * d * size)
+    outside = tokens * (d * size if config.dropout > 0 else 8) + lengths.target_tokens * d * storage.rms_norm
+    logits = logits_bytes(lengths.target_tokens, config.vocab_size, storage)
+    working = tokens * (2 * config.d_feed_forward + 4 * d) * size
+    layers = config.num_layers
+    chunk = min(config.chunk_tokens, tokens)
+    shared = config.num_memory_modules * chunk * chunk * FP32 if config.uses_cms else 0  # the table of decays
+    blocks = (float(block),) * layers
+    return Activations(blocks, (inputs,) * layers, float(outside), logits, float(working), float(shared))
+
+
+def _continuum(config: HopeConfig, tokens: int, size: int) -> float:
+    """Decay-form CMS: projections, the chunk's mixing tables, writes, and the carried memories of every chunk."""
+    if getattr(config, "cms_kind", "decay") != "decay":
+        raise no_formula("model.cms_kind", getattr(config, "cms_kind", ""), "decay")
+    d, heads, modules = config.d_model, config.num_heads, config.num_memory_modules
+    chunk, width = min(config.chunk_tokens, tokens), d // heads
+    chunks = -(-tokens // chunk)
+    padded = chunks * chunk
+    kept = padded * (4 * d * size + heads * modules * FP32 + 3 * heads * chunk * size)
+    if chunks > 1:
+        kept += padded * (d * size + heads * modules * size + modules * d * size)
+        kept += (chunks - 1) * chunk * (d + modules * d) * size
+        kept += chunks * heads * modules * width * width * size
+    return float(kept)

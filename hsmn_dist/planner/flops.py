@@ -1,0 +1,145 @@
+"""Matrix FLOPs of a forward pass by part, from the configuration and the lengths of one example.
+
+Unusual: counted as torch's own counter counts (two for a multiply-add, softmax attention in full, elementwise work not at all),
+so a test can hold the formulas to the counter exactly. Backward is twice the forward; recomputed blocks add their forward once.
+Source: Kaplan et al. 2020, arXiv 2001.08361, section 2.1, term by term for our layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hsmn_dist.config.models import HopeConfig, HsmnConfig, ModelConfig
+from hsmn_dist.foundation.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of one example, as trained on."""
+
+    context_tokens: int
+    target_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Context and target together."""
+        return self.context_tokens + self.target_tokens
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """FLOPs of one example's forward pass.
+
+    Attributes:
+        blocks: in each block that activation checkpointing may recompute, in forward order.
+        last_maps: the last product of each block, which no backward pass needs and so is not recomputed.
+        outside: everything else (tree, head).
+    """
+
+    blocks: tuple[float, ...]
+    last_maps: tuple[float, ...]
+    outside: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(self.blocks) + self.outside
+
+    def training(self, activation_checkpointing: str) -> float:
+        """Forward, backward and recomputation of one example."""
+        return 3 * self.total + self.recomputed(activation_checkpointing)
+
+    def recomputed(self, activation_checkpointing: str) -> float:
+        """FLOPs spent twice to save memory."""
+        step = {"none": 0, "every_block": 1, "every_second_block": 2}[activation_checkpointing]
+        return sum(self.blocks[::step]) - sum(self.last_maps[::step]) if step else 0.0
+
+
+def num_chunks(config: HsmnConfig, context_tokens: int) -> int:
+    """Chunks (tree leaves) of a context."""
+    return max(config.min_chunks, -(-(context_tokens - config.chunk_size) // config.chunk_stride) + 1)
+
+
+def encoded_chunks(config: HsmnConfig, context_tokens: int) -> int:
+    """Chunks with a real token; at least one is encoded."""
+    return max(1, min(num_chunks(config, context_tokens), -(-context_tokens // config.chunk_stride)))
+
+
+def forward_flops(config: ModelConfig, lengths: Lengths) -> ForwardFlops:
+    """FLOPs of one example's forward pass.
+
+    Raises:
+        PlanError: a variant that the planner has no formula for.
+    """
+    if isinstance(config, HsmnConfig):
+        return _hsmn(config, lengths)
+    assert isinstance(config, HopeConfig)
+    return _hope(config, lengths)
+
+
+def _hsmn(config: HsmnConfig, lengths: Lengths) -> ForwardFlops:
+    d, f, k = config.d_model, config.d_feed_forward, config.d_compressed
+    rows = config.chunk_size + 1
+    chunks, leaves = encoded_chunks(config, lengths.context_tokens), num_chunks(config, lengths.context_tokens)
+    nodes, target = 2 * leaves - 1, lengths.target_tokens
+
+    def encoder_layer(queries: int) -> float:
+        maps = 2 * 2 * queries * d * d + 2 * 2 * rows * d * d
+        return float(chunks * (maps + 4 * queries * rows * d + 4 * queries * d * f))
+
+    encoder = [encoder_layer(rows)] * (config.num_encoder_layers - 1) + [encoder_layer(1)]
+    self_attention = 8 * target * d * d + 4 * target * target * d
+    cross_attention = 4 * target * d * d + 4 * nodes * d * d + 4 * target * nodes * d
+    decoder = [float(self_attention + cross_attention + 4 * target * d * f)] * config.num_decoder_layers
+    rank, inner = config.aggregator_rank, config.d_aggregator
+    pair = 2 * (2 * k * rank + rank * inner + inner * rank + rank * k)
+    codes = 2 * 2 * 16 * d * nodes if config.uses_level_embedding else 0
+    outside = chunks * 2 * d * k + (leaves - 1) * pair + nodes * 2 * k * d + codes + 2 * target * d * config.vocab_size
+    last_maps = [2.0 * chunks * rows * d * f] * (config.num_encoder_layers - 1) + [2.0 * chunks * d * f]
+    last_maps += [2.0 * target * d * f] * config.num_decoder_layers
+    return ForwardFlops((*encoder, *decoder), tuple(last_maps), float(outside))
+
+
+def _hope(config: HopeConfig, lengths: Lengths) -> ForwardFlops:
+    d, tokens = config.d_model, lengths.tokens  # <bos> in front, the last target is never read
+    block = 0.0
+    if config.mixer == "attention":
+        block += 8 * tokens * d * d + 4 * tokens * tokens * d
+    elif config.mixer == "linear":
+        block += 8 * tokens * d * d + _decayed_reads(config, tokens, 1, d // config.num_heads)
+        block += _decayed_reads(config, tokens, 1, 1)
+    else:
+        raise no_formula("model.mixer", config.mixer, "attention, linear")
+    if config.uses_cms:
+        if getattr(config, "cms_kind", "decay") != "decay":
+            raise no_formula("model.cms_kind", getattr(config, "cms_kind", ""), "decay")
+        modules = config.num_memory_modules
+        block += 8 * tokens * d * d + 2 * tokens * d * config.num_heads * modules
+        block += _decayed_reads(config, tokens, modules, d // config.num_heads)
+    if config.uses_mlp:
+        block += 4 * tokens * d * config.d_feed_forward
+    last_map = 2.0 * tokens * d * (config.d_feed_forward if config.uses_mlp else d)
+    layers = config.num_layers
+    return ForwardFlops((block,) * layers, (last_map,) * layers, 2.0 * lengths.target_tokens * d * config.vocab_size)
+
+
+def _decayed_reads(config: HopeConfig, tokens: int, modules: int, value_width: int) -> float:
+    """Chunk-parallel reads of `modules` memories [K, J] in every head: `models/hope/decayed_reads.py`, product by product."""
+    size = min(config.chunk_tokens, tokens)
+    chunks, heads, key_width = -(-tokens // size), config.num_heads, config.d_model // config.num_heads
+    padded = chunks * size
+    mix = 2 * padded * modules * size if modules > 1 else 0  # with one module it is elementwise
+    inner = 2 * padded * size * (key_width + value_width)
+    memory = modules * key_width * value_width
+    writes = 2 * (chunks - 1) * size * memory
+    outer = 2 * padded * memory if chunks > 1 else 0
+    return float(heads * (mix + inner + writes + outer))
+
+
+def no_formula(path: str, value: str, known: str) -> PlanError:
+    """The error for a variant whose cost nobody has written down."""
+    return PlanError(
+        f"{path} = {value!r}: the planner has no formula for its FLOPs and activations",
+        allowed=f"{path} {known}",
+        action="time a few steps of this variant on one GPU instead (`hsmn-dist run --set training.max_steps=20`)",
+    )

@@ -1,0 +1,153 @@
+"""Bytes per rank by kind, for every ZeRO stage: weights, gradients, optimizer, EWC, activations, logits, buffers.
+
+Unusual: follows what our engine and DeepSpeed 0.19 really hold. On a GPU, reduction buckets are allocated at their full size
+(DeepSpeed's default of 5e8 elements, 1 GB in bf16) however small the model; stage 3 keeps up to 1e9 gathered elements alive.
+On a CPU untouched pages of a bucket cost nothing. Source: Rajbhandari et al. 2020, arXiv 1910.02054, section 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hsmn_dist.config.run import RunConfig
+from hsmn_dist.planner.activations import Storage, activations
+from hsmn_dist.planner.flops import Lengths
+from hsmn_dist.planner.parameters import ParameterCount
+
+FP32 = 4
+BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's reduce_bucket_size."""
+MAX_LIVE_ELEMENTS = 1_000_000_000
+"""DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance."""
+ADAM_STATES = 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a stage's training is laid out over ranks.
+
+    Attributes:
+        world_size: ranks.
+        zero_stage: 0 to 3.
+        element: bytes of a weight in forward and backward: 2 under bf16, else 4.
+        micro_batch_examples: examples per forward pass and rank.
+        activation_checkpointing: policy.
+        is_gpu: buffers as on a GPU.
+        persistent_elements: ZeRO 3 keeps smaller parameters whole.
+        is_deepspeed: False for the one-process engine, which has no second copy of anything.
+        offloads_optimizer, offloads_parameters: what lives in host memory instead.
+    """
+
+    world_size: int
+    zero_stage: int
+    element: int
+    micro_batch_examples: int
+    activation_checkpointing: str
+    is_gpu: bool
+    persistent_elements: int = 100_000
+    is_deepspeed: bool = True
+    offloads_optimizer: bool = False
+    offloads_parameters: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank's device; `host` is what offload puts into the machine's memory for each rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    ewc: float
+    activations: float
+    logits: float
+    buffers: float
+    step_buffers: float
+    host: float
+
+    @property
+    def kinds(self) -> dict[str, float]:
+        """Bytes by kind at the fuller of two moments: the last backward pass, or the optimizer step."""
+        always = {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "ewc": self.ewc,
+        }
+        if self.activations + self.logits + self.buffers >= self.step_buffers:
+            return {**always, "activations": self.activations, "logits": self.logits, "buffers": self.buffers}
+        return {**always, "activations": 0.0, "logits": 0.0, "buffers": self.step_buffers}
+
+    @property
+    def total(self) -> float:
+        """Most bytes that are held at once."""
+        return sum(self.kinds.values())
+
+    @property
+    def largest(self) -> str:
+        """The kind with the most bytes."""
+        kinds = self.kinds
+        return max(kinds, key=lambda name: kinds[name])
+
+
+def memory_per_rank(config: RunConfig, parameters: ParameterCount, layout: Layout, lengths: Lengths) -> Memory:
+    """Bytes of one rank while a stage behind the first one trains (EWC buffers included where the method has them)."""
+    weights, gradients, optimizer, host = _state(parameters, layout)
+    ewc = _ewc(config, parameters, layout)
+    kept = activations(config.model, lengths, Storage(layout.element, layout.is_gpu))
+    examples = layout.micro_batch_examples
+    peak = kept.peak(layout.activation_checkpointing, examples)
+    logits = min(kept.logits * examples, peak)
+    buffers, step_buffers = _buffers(parameters, layout)
+    return Memory(weights, gradients, optimizer, ewc, peak - logits, logits, buffers, step_buffers, host)
+
+
+def _state(parameters: ParameterCount, layout: Layout) -> tuple[float, float, float, float]:
+    """Weights, gradients and optimizer on the device, and what is in host memory."""
+    total, element, ranks = parameters.total, layout.element, layout.world_size
+    if layout.zero_stage == 0 or not layout.is_deepspeed:
+        master = FP32 * total if element < FP32 else 0
+        return element * total, element * total, ADAM_STATES * FP32 * total + master, 0.0
+    share = -(-total // ranks)
+    optimizer: float = (1 + ADAM_STATES) * FP32 * share
+    if layout.zero_stage == 1:
+        weights, gradients = float(element * total), float(element * total)
+    elif layout.zero_stage == 2:
+        weights, gradients = float(element * total), float(FP32 * share)
+    else:
+        small = parameters.at_most(layout.persistent_elements)
+        live = min(total - small, MAX_LIVE_ELEMENTS)
+        partitions = element * parameters.padded(ranks) / ranks
+        weights, gradients = partitions + element * (small + live), FP32 * parameters.padded(ranks) / ranks
+        if layout.offloads_parameters:
+            return weights - partitions, 0.0, 0.0, partitions + optimizer + gradients
+    if layout.offloads_optimizer:
+        return weights, 0.0, 0.0, optimizer + gradients
+    return weights, gradients, optimizer, 0.0
+
+
+def _ewc(config: RunConfig, parameters: ParameterCount, layout: Layout) -> float:
+    """A and mu in fp32 beside every shard, from the second stage on (a single stage needs neither)."""
+    method = config.continual.method
+    has_memory = method in ("ewc", "ewc+replay", "l2") and len(config.curriculum.stages) > 1
+    if not has_memory or layout.offloads_optimizer:
+        return 0.0
+    copies = layout.world_size if layout.zero_stage == 0 or not layout.is_deepspeed else 1
+    return 2.0 * FP32 * parameters.total * copies / layout.world_size
+
+
+def _buffers(parameters: ParameterCount, layout: Layout) -> tuple[float, float]:
+    """Short-lived bytes of the reduction in the backward pass, and of the optimizer step."""
+    total, element = parameters.total, layout.element
+    if not layout.is_deepspeed:
+        return 0.0, FP32 * float(total)
+    touched = min(total, BUCKET_ELEMENTS)
+    bucket = BUCKET_ELEMENTS if layout.is_gpu else touched
+    share = -(-total // layout.world_size)
+    if layout.zero_stage == 0:
+        return float(element * touched), FP32 * float(total)
+    if layout.zero_stage == 1:
+        return float(element * bucket), float((1 + 1) * FP32 * share)
+    if layout.zero_stage == 2:
+        copies = 2 if layout.is_gpu else 1  # two buckets where communication overlaps
+        return float(element * bucket * copies), float((1 + 1) * FP32 * share)
+    return float(element * (bucket + touched)), float(FP32 * share)

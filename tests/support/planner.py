@@ -1,0 +1,46 @@
+"""Tiny models of every kind that the planner knows, and a batch for them."""
+
+from __future__ import annotations
+
+import torch
+
+from hsmn_dist.config.models import HopeConfig, HsmnConfig, ModelConfig
+from hsmn_dist.models.contract import ModelInput
+
+_HSMN = {
+    "vocab_size": 701,
+    "d_model": 48,
+    "num_heads": 4,
+    "d_feed_forward": 112,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 3,
+    "chunk_size": 16,
+    "chunk_stride": 7,
+    "d_compressed": 20,
+    "d_aggregator": 36,
+    "aggregator_rank": 10,
+    "max_target_tokens": 64,
+}
+_HOPE = {"vocab_size": 701, "d_model": 48, "num_layers": 3, "num_heads": 4, "d_feed_forward": 112}
+
+MODELS: dict[str, ModelConfig] = {
+    "hsmn": HsmnConfig(**_HSMN, encoder_dropout=0.0, decoder_dropout=0.0),
+    "hsmn_dropout": HsmnConfig(**_HSMN),
+    "hsmn_tied": HsmnConfig(**_HSMN, ties_embeddings=True, uses_level_embedding=False, decoder_dropout=0.0),
+    "hope": HopeConfig(**_HOPE, num_memory_modules=3, chunk_tokens=16),
+    "hope_one_chunk": HopeConfig(**_HOPE, num_memory_modules=3, chunk_tokens=512),
+    "hope_no_cms": HopeConfig(**_HOPE, uses_cms=False),
+    "hope_no_mlp": HopeConfig(**_HOPE, uses_mlp=False, chunk_tokens=8),
+    "hope_learned": HopeConfig(**_HOPE, positions="learned", ties_embeddings=True, max_tokens=256, chunk_tokens=16),
+}
+
+
+def full_batch(context_tokens: int, target_tokens: int, examples: int = 2) -> ModelInput:
+    """A batch without padding."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(tokens: int) -> torch.Tensor:
+        return torch.randint(4, 700, (examples, tokens), generator=generator)
+
+    context, target = ids(context_tokens), ids(target_tokens)
+    return ModelInput(context, torch.ones_like(context).bool(), target, torch.ones_like(target).bool())
