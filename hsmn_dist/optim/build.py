@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hsmn_dist.config.optim import AdamConfig, OptimConfig
+from hsmn_dist.config.optim import AdamConfig, DeepMomentumConfig, M3Config, MuonConfig, OptimConfig
+from hsmn_dist.foundation.errors import ModelError
 from hsmn_dist.foundation.param_role import ParamRole
-from hsmn_dist.optim.param_groups import build_groups
+from hsmn_dist.optim.deep_momentum import DeepMomentum, PreconditionedMomentum
+from hsmn_dist.optim.m3 import M3
+from hsmn_dist.optim.mixed import MixedOptimizer
+from hsmn_dist.optim.param_groups import MATRIX_RULE, build_groups
 from hsmn_dist.optim.periodic import PeriodicAdamW
 
 
@@ -36,23 +40,75 @@ def build_optimizer(
     Raises:
         ModelError: a parameter that cannot be placed, or periods with a rule that has none.
     """
-    return _build_adam(config.optimizer, named_parameters, roles, periods)
+    settings = config.optimizer
+    is_adam = isinstance(settings, AdamConfig)
+    groups = build_groups(
+        named_parameters, roles, weight_decay=settings.weight_decay, uses_matrix_rule=not is_adam, periods=periods
+    )
+    has_periods = any(group["period_steps"] > 1 for group in groups)
+    if isinstance(settings, AdamConfig):
+        # With decay 0 AdamW and Adam are the same rule.
+        return (PeriodicAdamW if has_periods else torch.optim.AdamW)(groups, **_adam_options(settings))
+    if has_periods:
+        raise ModelError(
+            f"levels with update periods under optim.optimizer.kind {settings.kind}",
+            allowed="periods (a CMS with cadence optimizer) with kind adam",
+            action="set optim.optimizer.kind to adam, or the CMS's cadence to tokens",
+        )
+    if isinstance(settings, MuonConfig):
+        return _build_muon(settings, groups)
+    if isinstance(settings, M3Config):
+        return M3(
+            groups,
+            mode=settings.mode,
+            momentum=(settings.fast_momentum, settings.slow_momentum),
+            second_moment=settings.second_moment,
+            slow_every_steps=settings.slow_every_steps,
+            slow_weight=settings.slow_weight,
+            num_newton_schulz_steps=settings.num_newton_schulz_steps,
+            **_adam_options(settings),
+        )
+    return _build_deep_momentum(settings, groups)
 
 
-def _build_adam(
-    settings: AdamConfig,
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    roles: Mapping[str, ParamRole],
-    periods: Mapping[str, int] | None,
-) -> torch.optim.Optimizer:
-    groups = build_groups(named_parameters, roles, weight_decay=settings.weight_decay, periods=periods)
-    options: dict[str, Any] = {
+def _adam_options(settings: AdamConfig | MuonConfig | M3Config | DeepMomentumConfig) -> dict[str, Any]:
+    return {
         "lr": settings.learning_rate,
         "betas": (settings.beta1, settings.beta2),
         "eps": settings.eps,
         "weight_decay": settings.weight_decay,
     }
-    if any(group["period_steps"] > 1 for group in groups):
-        return PeriodicAdamW(groups, **options)
-    # With decay 0 AdamW and Adam are the same rule.
-    return torch.optim.AdamW(groups, **options)
+
+
+def _build_muon(settings: MuonConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    matrices = [group for group in groups if group["rule"] == MATRIX_RULE]
+    others = [group for group in groups if group["rule"] != MATRIX_RULE]
+    parts: list[torch.optim.Optimizer] = []
+    if matrices:
+        parts.append(
+            torch.optim.Muon(
+                matrices,
+                lr=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+                momentum=settings.momentum,
+                nesterov=settings.uses_nesterov,
+                ns_steps=settings.num_newton_schulz_steps,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    if others:
+        parts.append(torch.optim.AdamW(others, **_adam_options(settings)))
+    return MixedOptimizer(parts)
+
+
+def _build_deep_momentum(settings: DeepMomentumConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    options = _adam_options(settings)
+    if settings.variant == "dmgd":
+        return DeepMomentum(groups, momentum=settings.momentum, memory_rate=settings.memory_rate, **options)
+    return PreconditionedMomentum(
+        groups,
+        momentum=settings.momentum,
+        preconditioner=settings.preconditioner,
+        uses_delta=settings.variant == "delta",
+        **options,
+    )
