@@ -14,10 +14,10 @@ import os
 import tarfile
 import tempfile
 import threading
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +41,7 @@ CACHE_BYTES = 16 * 2**30
 MAX_OPEN_LOCAL = 512
 MAX_OPEN_REMOTE = 32
 
+_JSON = json.JSONDecoder()
 Tokens = tuple[np.ndarray, np.ndarray]
 
 
@@ -88,7 +89,7 @@ class SplitReader:
         self.entry = self.index.split(split, folder)
         self.samples = load_samples(self.folder / self.entry.samples_file, self.entry)
         self.shard_sizes = np.array([shard.num_samples for shard in self.entry.shards], dtype=np.int64)
-        self._ends: list[int] = np.cumsum(self.shard_sizes).tolist()
+        self._ends = np.cumsum(self.shard_sizes)
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._broken: dict[int, DamagedSample] = {}
         self._lock = threading.Lock()
@@ -115,38 +116,55 @@ class SplitReader:
         Raises:
             DamagedSample: as `read_tokens`, for the first damaged one.
         """
-        found: list[Tokens] = []
+        wanted = np.asarray(numbers, dtype=np.int64)
+        rows = self.samples[wanted]
+        starts, lengths = tokens_span(rows["offset"].astype(np.int64), rows["example_bytes"], rows["token_bytes"])
+        blocks = self._read(wanted, starts, lengths, rows["token_crc"])
         dtype = np.dtype(self.index.token_dtype)
-        for number, row in zip(numbers, self.samples[np.asarray(numbers, dtype=np.int64)].tolist(), strict=True):
-            offset, example_bytes, token_bytes, _, crc, num_context, num_target = row
-            start, length = tokens_span(offset, example_bytes, token_bytes)
-            data = self._read(number, start, length, crc)
-            num_ids = num_context + num_target
-            if token_bytes != COUNT_BYTES + num_ids * dtype.itemsize:
-                raise _damaged(self._where(number), "its token counts differ from the index")
-            # The checksum vouches for the stored count of context ids, which is the index's.
-            ids = np.frombuffer(data, dtype, num_ids, BLOCK_BYTES + COUNT_BYTES)
+        num_ids = rows["context_tokens"].astype(np.int64) + rows["target_tokens"]
+        wrong = np.flatnonzero(rows["token_bytes"] != COUNT_BYTES + num_ids * dtype.itemsize)
+        if len(wrong):
+            raise _damaged(self._where(int(wanted[wrong[0]])), "its token counts differ from the index")
+        found: list[Tokens] = []
+        # The checksum vouches for the stored count of context ids, which is the index's.
+        for block, total, num_context in zip(blocks, num_ids.tolist(), rows["context_tokens"].tolist(), strict=True):
+            ids = np.frombuffer(block, dtype, total, BLOCK_BYTES + COUNT_BYTES)
             found.append((ids[:num_context], ids[num_context:]))
         return found
 
-    def read_json(self, number: int) -> dict[str, object]:
+    def read_json(self, number: int) -> dict[str, Any]:
         """The decoded example of a sample, as stored.
 
         Raises:
             DamagedSample: as `read_tokens`, or the bytes are not JSON.
         """
-        offset, example_bytes, _, crc, _, _, _ = self.samples[number].item()
-        start, length = example_span(offset, example_bytes)
-        data = self._read(number, start, length, crc)
-        try:
-            value: dict[str, object] = json.loads(data[BLOCK_BYTES : BLOCK_BYTES + example_bytes])
-        except ValueError as error:
-            raise _damaged(self._where(number), f"its JSON cannot be decoded ({error})") from error
-        return value
+        return self.read_many_json([number])[0]
+
+    def read_many_json(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """The decoded examples of several samples, in the order asked for.
+
+        Raises:
+            DamagedSample: as `read_json`, for the first damaged one.
+        """
+        wanted = np.asarray(numbers, dtype=np.int64)
+        rows = self.samples[wanted]
+        starts, lengths = example_span(rows["offset"].astype(np.int64), rows["example_bytes"])
+        blocks = self._read(wanted, starts, lengths, rows["example_crc"])
+        found: list[dict[str, Any]] = []
+        for number, block, num_bytes in zip(numbers, blocks, rows["example_bytes"].tolist(), strict=True):
+            try:
+                text = block[BLOCK_BYTES : BLOCK_BYTES + num_bytes].decode("utf-8")
+                value, end = _JSON.raw_decode(text)  # json.loads would look for the encoding first
+                if end != len(text):
+                    raise ValueError(f"more than one value, at character {end}")
+                found.append(value)
+            except ValueError as error:
+                raise _damaged(self._where(number), f"its JSON cannot be decoded ({error})") from error
+        return found
 
     def read_example(self, number: int) -> Example:
         """The example of a sample, text and meta."""
-        return Example(**self.read_json(number))  # type: ignore[arg-type]
+        return Example(**self.read_json(number))
 
     def close(self) -> None:
         """Close the shards that are open."""
@@ -154,21 +172,28 @@ class SplitReader:
             self._open.clear()
 
     def _where(self, number: int) -> str:
-        shard = bisect_right(self._ends, number)
-        in_shard = number - self._ends[shard] + self.entry.shards[shard].num_samples
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        in_shard = number - int(self._ends[shard]) + self.entry.shards[shard].num_samples
         return f"{self.name}/{self.entry.shards[shard].name}: sample {in_shard} of the shard ({number} of {self.split})"
 
-    def _read(self, number: int, start: int, length: int, crc: int) -> bytes:
-        shard = bisect_right(self._ends, number)
-        opened = self._open.get(shard) or self._open_shard(shard)
-        try:
-            data = os.pread(opened.descriptor, length, start)
-        except OSError as error:
-            raise _damaged(self._where(number), f"cannot be read ({error.strerror})") from error
-        if checksum(data) != crc:
-            problem = f"ends after {len(data)} of {length} bytes" if len(data) < length else "its checksum differs"
-            raise _damaged(self._where(number), problem)
-        return data
+    def _read(self, numbers: np.ndarray, starts: np.ndarray, lengths: np.ndarray, crcs: np.ndarray) -> list[bytes]:
+        """The checked bytes of spans, one positioned read each."""
+        shards = np.searchsorted(self._ends, numbers, side="right")
+        blocks: list[bytes] = []
+        opened, read = self._open, os.pread
+        spans = zip(shards.tolist(), starts.tolist(), lengths.tolist(), crcs.tolist(), strict=True)
+        for shard, start, length, crc in spans:
+            file = opened.get(shard) or self._open_shard(shard)
+            try:
+                data = read(file.descriptor, length, start)
+            except OSError as error:
+                number = int(numbers[len(blocks)])
+                raise _damaged(self._where(number), f"cannot be read ({error.strerror})") from error
+            if checksum(data) != crc:
+                problem = f"ends after {len(data)} of {length} bytes" if len(data) < length else "its checksum differs"
+                raise _damaged(self._where(int(numbers[len(blocks)])), problem)
+            blocks.append(data)
+        return blocks
 
     def _open_shard(self, shard: int) -> OpenShard:
         if shard in self._broken:  # a shard that cannot be had is not fetched again for each of its samples

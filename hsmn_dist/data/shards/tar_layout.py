@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 import tarfile
 import zlib
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,9 +26,12 @@ _COUNT = struct.Struct("<I")
 COUNT_BYTES = _COUNT.size
 
 
-def padded(num_bytes: int) -> int:
-    """The size on disk of a payload: the next multiple of 512."""
-    return -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
+Size = TypeVar("Size", int, np.ndarray)
+
+
+def padded(num_bytes: Size) -> Size:
+    """The size on disk of a payload: the next multiple of 512. Takes one number or an array."""
+    return (num_bytes + BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES
 
 
 def member(name: str, payload: bytes) -> bytes:
@@ -40,12 +44,12 @@ def member(name: str, payload: bytes) -> bytes:
     return header + payload + bytes(padded(len(payload)) - len(payload))
 
 
-def example_span(offset: int, example_bytes: int) -> tuple[int, int]:
+def example_span(offset: Size, example_bytes: Size) -> tuple[Size, Size]:
     """Start and length in the shard of the whole example member, header and padding included."""
     return offset, BLOCK_BYTES + padded(example_bytes)
 
 
-def tokens_span(offset: int, example_bytes: int, token_bytes: int) -> tuple[int, int]:
+def tokens_span(offset: Size, example_bytes: Size, token_bytes: Size) -> tuple[Size, Size]:
     """Start and length in the shard of the whole token member, header and padding included."""
     return offset + BLOCK_BYTES + padded(example_bytes), BLOCK_BYTES + padded(token_bytes)
 

@@ -78,12 +78,10 @@ def padding_counts(batch: dict[str, Tensor]) -> tuple[int, int]:
 
 
 def _padded(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    longest = max(len(array) for array in arrays)
-    ids = np.full((len(arrays), longest), PAD_ID, dtype=np.int64)  # [B, longest]
-    mask = np.zeros((len(arrays), longest), dtype=bool)
-    for number, array in enumerate(arrays):
-        ids[number, : len(array)] = array
-        mask[number, : len(array)] = True
+    lengths = np.array([len(array) for array in arrays])
+    mask = np.arange(lengths.max()) < lengths[:, None]  # [B, longest]
+    ids = np.full(mask.shape, PAD_ID, dtype=np.int64)
+    ids[mask] = np.concatenate(arrays)
     return ids, mask
 
 

@@ -270,9 +270,9 @@ def test_more_damage_than_the_limit_stops_the_stream_also_after_a_resume(folder:
 def test_reading_ahead_hides_slow_storage_behind_the_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = SplitReader._read
 
-    def slow(self: SplitReader, number: int, start: int, length: int, crc: int) -> bytes:
-        time.sleep(0.004)
-        return real(self, number, start, length, crc)
+    def slow(self: SplitReader, numbers: np.ndarray, *spans: np.ndarray) -> list[bytes]:
+        time.sleep(0.004 * len(numbers))
+        return real(self, numbers, *spans)
 
     monkeypatch.setattr(SplitReader, "_read", slow)
     waits = {}
