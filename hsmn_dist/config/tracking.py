@@ -23,3 +23,7 @@ class TrackingConfig(Section):
     system_metrics_seconds: float = Field(
         10.0, ge=0, description="Time between samples of processor, memory, disk, network and GPU; 0 is off."
     )
+    registered_model: str = Field(
+        "hsmn_dist_text",
+        description="Name under which the final model is registered in MLflow; empty: it is not logged.",
+    )

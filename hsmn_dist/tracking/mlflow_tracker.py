@@ -106,6 +106,11 @@ class MlflowWriter:
                 self._experiment_id = known.experiment_id
         self._client = client
 
+    @property
+    def client(self) -> Any:
+        """MLflow's own client, once connected."""
+        return self._client
+
     def forget(self) -> None:
         """Drop the connection and all that was learned over it; the next call starts afresh."""
         self._client = None
