@@ -35,6 +35,10 @@ class DatasetConfig(Section):
         "",
         description="Local JSONL, CSV, Parquet file or folder of text; empty: built-in rows or the dataset's hub id.",
     )
+    shards: str = Field(
+        "",
+        description="Folder or URL (s3://, gs://, http://, https://) of shards prepared before; used as they are, and then the tokenizer must be theirs.",
+    )
     revision: str = Field("", description="Hub revision (commit); pinned in the index.")
     hub_configuration: str = Field("", description="Hub configuration; empty: the dataset's usual one.")
     hub_split: str = Field("", description="Hub split to learn from; empty: the first that may train.")

@@ -34,7 +34,8 @@ from hsmn_dist.data.prepare_shards import ShardsTask, build_index, run_shards_ta
 from hsmn_dist.data.progress import Progress, QuietProgress
 from hsmn_dist.data.raw_reader import hub_configuration, hub_revision, hub_split, source_files, source_kind
 from hsmn_dist.data.shards.index import INDEX_NAME, load_index, save_index
-from hsmn_dist.data.shards.reader import read_examples
+from hsmn_dist.data.shards.reader import read_examples, remote_files
+from hsmn_dist.data.shards.remote import is_url
 from hsmn_dist.data.shards.writer import disk_error
 from hsmn_dist.data.sources import known_source
 from hsmn_dist.data.tokenizer import TOKENIZER_NAME, Tokenizer, build_tokenizer, load_tokenizer
@@ -47,7 +48,10 @@ WORK = ".work"
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Where a run's data lies: the tokenizer's file, and each dataset's folder by name."""
+    """Where a run's data lies: the tokenizer's file, and each dataset's folder by name.
+
+    A URL stands there as a `Path` too; `shards.remote.folder_name` gives it back, and the readers do so themselves.
+    """
 
     tokenizer_path: Path
     folders: dict[str, Path]
@@ -90,13 +94,17 @@ def prepare_curriculum(
     unique = _unique(datasets)
     root.mkdir(parents=True, exist_ok=True)
     fingerprints = Fingerprints(root / "fingerprints.json")
-    resolved = [_resolve(dataset, fingerprints) for dataset in unique]
+    resolved = [_resolve(dataset, fingerprints) for dataset in unique if not dataset.shards]
     digest = _digest(resolved, data, tokenizer, fingerprints)
     home = root / digest[:DIGEST_LETTERS]
     jobs = [_Job(dataset, home / dataset.name, digest, origin) for dataset, origin in resolved]
+    given = {dataset.name: dataset.shards for dataset in unique if dataset.shards}
     with _locked(root / f".{home.name}.lock"):
+        if given:
+            _use_given_shards(given, data, tokenizer, home / TOKENIZER_NAME)
         _prepare(jobs, data, tokenizer, home / TOKENIZER_NAME, fingerprints, progress, executor)
-    return PreparedData(home / TOKENIZER_NAME, {job.dataset.name: job.folder for job in jobs})
+    folders = {job.dataset.name: job.folder for job in jobs} | {name: Path(folder) for name, folder in given.items()}
+    return PreparedData(home / TOKENIZER_NAME, folders)
 
 
 def prepare_dataset(
@@ -161,6 +169,35 @@ def _prepare(
         shutil.rmtree(job.work, ignore_errors=True)
         is_complete(job.folder, job.digest, fingerprints)  # remembers the hashes for the next start
     fingerprints.save()
+
+
+def _use_given_shards(given: dict[str, str], data: DataConfig, config: TokenizerConfig, path: Path) -> None:
+    """Check that shards prepared before fit the run's tokenizer, and save that tokenizer.
+
+    Raises:
+        ConfigError: the tokenizer would be trained, so it cannot be the shards'.
+        DataError: no shards there, or another tokenizer's.
+    """
+    if config.kind == "bpe":
+        raise ConfigError(
+            f"datasets {', '.join(given)} have `shards`, and tokenizer.kind is 'bpe'",
+            allowed="tokenizer.kind 'file' with the tokenizer.json of those shards, or 'bytes'",
+            action="set tokenizer: {kind: file, path: .../tokenizer.json}",
+        )
+    tokenizer = build_tokenizer(config, [])
+    for name, folder in given.items():
+        if is_url(folder):
+            index = remote_files(folder, data.cache_folder, data.cache_bytes).fetch_index()
+        else:
+            index = load_index(Path(folder))
+        if index.tokenizer_digest != tokenizer.digest:
+            raise DataError(
+                f"{folder}: the shards of {name!r} hold tokens of another tokenizer than the run's",
+                allowed="shards and a tokenizer that were made together",
+                action="set tokenizer.path to the tokenizer.json that lies beside the shards",
+            )
+    if not path.is_file():
+        tokenizer.save(path)
 
 
 def is_complete(folder: Path, digest: str, fingerprints: Fingerprints) -> bool:

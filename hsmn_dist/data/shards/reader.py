@@ -23,7 +23,7 @@ import numpy as np
 
 from hsmn_dist.data.example import Example
 from hsmn_dist.data.shards.index import ShardEntry, ShardIndex, load_index, load_samples
-from hsmn_dist.data.shards.remote import FetchFailed, RemoteFiles, is_url
+from hsmn_dist.data.shards.remote import FetchFailed, RemoteFiles, folder_name, is_url
 from hsmn_dist.data.shards.tar_layout import (
     BLOCK_BYTES,
     COUNT_BYTES,
@@ -223,8 +223,13 @@ def open_folder(folder: Path | str, split: str, cache_folder: str = "", cache_by
     """
     if not is_url(folder):
         return SplitReader(folder, split)
+    return SplitReader(folder, split, remote_files(folder, cache_folder, cache_bytes))
+
+
+def remote_files(folder: Path | str, cache_folder: str = "", cache_bytes: int = CACHE_BYTES) -> RemoteFiles:
+    """The files of a folder at a URL, through the machine's cache."""
     cache = Path(cache_folder) if cache_folder else Path(tempfile.gettempdir()) / "hsmn_dist-shards"
-    return SplitReader(folder, split, RemoteFiles(str(folder), cache, cache_bytes))
+    return RemoteFiles(folder_name(folder), cache, cache_bytes)
 
 
 def read_examples(folder: Path | str, split: str, limit: int | None = None) -> Iterator[Example]:

@@ -48,9 +48,18 @@ class Retry:
         return min(self.first_wait_seconds * 2**attempt, self.longest_wait_seconds)
 
 
+def folder_name(folder: Path | str) -> str:
+    """The folder's name as text. A `Path` made of a URL has lost slashes, which are given back."""
+    text = str(folder)
+    scheme, colon, rest = text.partition(":/")
+    if isinstance(folder, Path) and colon and scheme in SCHEMES and not rest.startswith("/"):
+        return f"file:///{rest}" if scheme == "file" else f"{scheme}://{rest}"
+    return text
+
+
 def is_url(folder: Path | str) -> bool:
-    """Whether a folder is named by a URL. A Windows drive letter is not a scheme here, and Linux paths have none."""
-    return isinstance(folder, str) and _URL.match(folder) is not None
+    """Whether a folder is named by a URL (or by something that looks like one and will be refused)."""
+    return _URL.match(folder_name(folder)) is not None
 
 
 def require_known_scheme(url: str) -> None:

@@ -19,7 +19,8 @@ from hsmn_dist.data.catalogue import check_folder
 from hsmn_dist.data.prepare import PreparedData, prepare_curriculum, prepare_dataset
 from hsmn_dist.data.prepare_shards import encode_example
 from hsmn_dist.data.shards.index import SPLITS, load_index
-from hsmn_dist.data.shards.reader import SplitReader, read_examples, verify_folder
+from hsmn_dist.data.shards.reader import SplitReader, open_folder, read_examples, verify_folder
+from hsmn_dist.data.shards.remote import folder_name
 from hsmn_dist.data.split import split_of
 from hsmn_dist.data.tokenizer import ByteTokenizer, load_tokenizer
 from hsmn_dist.foundation.errors import ConfigError, DataError
@@ -191,6 +192,27 @@ def test_progress_counts_every_sample(tmp_path: Path) -> None:
     prepare_curriculum(DATASETS, DATA, BYTES, tmp_path, progress=Listening())
     done, total = last["samples written"]
     assert done == total == last["passkey: examples"][0] + last["word_problems: examples"][0]
+
+
+def test_shards_prepared_before_are_used_with_their_tokenizer_from_a_folder_or_a_url(
+    prepared: PreparedData, tmp_path: Path
+) -> None:
+    folder = prepared.folders["passkey"]
+    theirs = TokenizerConfig(kind="file", path=str(prepared.tokenizer_path))
+    data = DATA.model_copy(update={"cache_folder": str(tmp_path / "cache")})
+    for shards in (str(folder), f"file://{folder}"):
+        datasets = [DatasetConfig(name="passkey", shards=shards), DATASETS[0]]
+        again = prepare_curriculum(datasets, data, theirs, tmp_path / "root")
+        assert folder_name(again.folders["passkey"]) == shards and again.folders["word_problems"].is_dir()
+        assert load_tokenizer(again.tokenizer_path).digest == load_tokenizer(prepared.tokenizer_path).digest
+        found = open_folder(again.folders["passkey"], "train", data.cache_folder)
+        assert [e.tolist() for e, _ in found.read_many_tokens(range(5))] == [
+            e.tolist() for e, _ in SplitReader(folder, "train").read_many_tokens(range(5))
+        ]
+    with pytest.raises(ConfigError, match="bpe"):
+        prepare_curriculum(datasets, data, TokenizerConfig(), tmp_path / "root")
+    with pytest.raises(DataError, match="another tokenizer"):
+        prepare_curriculum(datasets, data, BYTES, tmp_path / "root")
 
 
 # One dataset from a file

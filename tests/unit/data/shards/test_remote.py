@@ -15,7 +15,7 @@ import pytest
 
 from hsmn_dist.data.shards import remote as remote_module
 from hsmn_dist.data.shards.reader import DamagedSample, SplitReader, open_folder, read_examples
-from hsmn_dist.data.shards.remote import FetchFailed, RemoteFiles, Retry, is_url
+from hsmn_dist.data.shards.remote import FetchFailed, RemoteFiles, Retry, folder_name, is_url
 from hsmn_dist.data.stream.loader import build_loader
 from hsmn_dist.data.stream.plan import StreamSettings, StreamSource
 from hsmn_dist.foundation.errors import DataError
@@ -196,3 +196,9 @@ def test_paths_are_not_urls(folder: Path) -> None:
     assert not is_url(folder) and not is_url(str(folder)) and not is_url("relative/folder")
     assert is_url("s3://bucket/x") and is_url("pipe:cat x")
     assert len(list(read_examples(str(folder), "train", 2))) == 2
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a/b", "https://host:8080/a", "gs://b", "file:///tmp/x"])
+def test_a_url_survives_being_a_path(url: str) -> None:
+    assert folder_name(Path(url)) == url == folder_name(url) and is_url(Path(url))
+    assert folder_name(Path("/a/b")) == "/a/b" and not is_url(Path("/a/b"))
