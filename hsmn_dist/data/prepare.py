@@ -121,7 +121,7 @@ def prepare_dataset(
         ConfigError, DataError: as `prepare_curriculum`, or `out` holds another preparation.
     """
     out.mkdir(parents=True, exist_ok=True)
-    fingerprints = Fingerprints(out / WORK / "fingerprints.json")
+    fingerprints = Fingerprints(out / ".fingerprints.json")
     resolved = [_resolve(dataset, fingerprints)]
     digest = _digest(resolved, data, tokenizer, fingerprints)
     if (out / INDEX_NAME).is_file() and load_index(out).config_digest != digest:
@@ -130,7 +130,7 @@ def prepare_dataset(
             allowed="an empty folder, or one made by the same command",
             action="name another --out, or remove this folder first",
         )
-    with _locked(out.parent / f".{out.name}.lock"):
+    with _locked(out / ".lock"):
         job = _Job(resolved[0][0], out, digest, resolved[0][1])
         _prepare([job], data, tokenizer, out / TOKENIZER_NAME, fingerprints, progress, executor)
     return out
