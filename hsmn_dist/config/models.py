@@ -249,4 +249,15 @@ class HopeConfig(Section):
         return self
 
 
-ModelConfig = Annotated[HsmnConfig | HopeConfig, Field(discriminator="family")]
+class HsmnHopeConfig(HsmnConfig):
+    """The hybrid: HSMN whose reasoning blocks carry a continuum memory over the target; all else as in HsmnConfig."""
+
+    family: Literal["hsmn_hope"] = "hsmn_hope"  # type: ignore[assignment]
+    cms: CmsConfig = Field(CmsConfig(), description="Continuum memory of every reasoning block.")
+    num_memory_modules: int = Field(5, ge=1, description="Time scales of the decay-form CMS.")
+    chunk_tokens: int = Field(
+        64, ge=1, description="Tokens that linear memories compute at once; changes their speed, never their result."
+    )
+
+
+ModelConfig = Annotated[HsmnConfig | HopeConfig | HsmnHopeConfig, Field(discriminator="family")]

@@ -26,6 +26,6 @@ def construct_model(config: ModelConfig) -> LanguageModel:
         return HopeModel(config)
     raise ModelError(
         f"a configuration of type {type(config).__name__}",
-        allowed="HsmnConfig or HopeConfig",
-        action="set model.family to hsmn or hope",
+        allowed="HsmnConfig, HsmnHopeConfig or HopeConfig",
+        action="set model.family to hsmn, hsmn_hope or hope",
     )

@@ -95,6 +95,15 @@ class LanguageModel(nn.Module, abc.ABC):
         """As `forward`, for scoring on one process: a family may read a long target in windows. Equal results."""
         return self.forward(inputs, target_loss=target_loss)
 
+    def parameter_periods(self) -> dict[str, int]:
+        """Optimizer steps between two updates, for parameters that are not updated at every step."""
+        periods: dict[str, int] = {}
+        for prefix, module in self.named_modules():
+            given = getattr(module, "parameter_periods", None)
+            if module is not self and callable(given):
+                periods.update({f"{prefix}.{name}": period for name, period in given().items() if period > 1})
+        return periods
+
     def prunable_parameters(self) -> list[str]:
         """Names of the weight matrices that magnitude pruning may thin out."""
         return []

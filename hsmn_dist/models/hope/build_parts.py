@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from hsmn_dist.config.models import HopeConfig
+from hsmn_dist.config.models import HopeConfig, HsmnHopeConfig
 from hsmn_dist.models.hope.block import DecayMemory, HopeBlock
 from hsmn_dist.models.hope.chain_memory import ChainMemory
 from hsmn_dist.models.hope.continuum_memory import ContinuumMemory, retentions
@@ -17,7 +17,7 @@ from hsmn_dist.models.layers.feed_forward import FeedForward
 def build_block(config: HopeConfig, index: int) -> HopeBlock:
     """Block number `index` of the configured kind."""
     mlp = FeedForward(config.d_model, config.d_feed_forward, "gelu") if config.uses_mlp else None
-    cms = _build_cms(config, index) if config.uses_cms else None
+    cms = build_cms(config, index) if config.uses_cms else None
     return HopeBlock(config.d_model, _build_mixer(config), cms, mlp, config.dropout)
 
 
@@ -29,7 +29,8 @@ def _build_mixer(config: HopeConfig) -> nn.Module:
     return SelfModifyingTitans(config.d_model, config.num_heads, config.self_modifying)
 
 
-def _build_cms(config: HopeConfig, index: int) -> nn.Module:
+def build_cms(config: HopeConfig | HsmnHopeConfig, index: int) -> nn.Module:
+    """The continuum memory of block `index`; maps (x, state, info) to (y, state, health scalars)."""
     settings = config.cms
     if settings.form == "chain":
         if settings.spread == "by_depth":

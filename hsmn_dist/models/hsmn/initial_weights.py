@@ -35,10 +35,15 @@ def draw_weights(
     nn.init.normal_(target_table.weight, std=TABLE_STD if head else LOGIT_STD * target_table.embedding_dim**-0.5)
     if head is not None:
         _draw_linear(head, gain=LOGIT_STD)
-    for kind, sublayers in ((EncoderLayer, 2), (ReasoningBlock, 3)):
+    for kind in (EncoderLayer, ReasoningBlock):
         stack = [module for module in model.modules() if isinstance(module, kind)]
         for layer in stack:
-            _shrink_residuals(layer, (sublayers * len(stack)) ** -0.5)
+            num_sublayers = sum(name.endswith("_norm") for name, _ in layer.named_children())
+            _shrink_residuals(layer, (num_sublayers * len(stack)) ** -0.5)
+    for module in model.modules():
+        draw = getattr(module, "init_weights", None)
+        if module is not model and callable(draw):  # memories that know their own start
+            draw()
 
 
 def _draw_linear(linear: nn.Linear, gain: float = 1.0) -> None:
@@ -49,5 +54,5 @@ def _draw_linear(linear: nn.Linear, gain: float = 1.0) -> None:
 
 def _shrink_residuals(layer: nn.Module, factor: float) -> None:
     for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear) and name.endswith(("attention.output", "feed_forward.outer")):
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in ("output", "outer"):
             _draw_linear(module, factor)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hsmn_dist.config.models import HsmnConfig
+from hsmn_dist.config.models import HsmnConfig, HsmnHopeConfig
 from hsmn_dist.foundation.param_role import ParamRole
 from hsmn_dist.models.contract import BOS_ID, LanguageModel, ModelInput, ModelOutput, TargetLoss
 from hsmn_dist.models.example_rows import tied_linear
@@ -87,7 +87,7 @@ class HsmnModel(LanguageModel):
         self.memory_codes = MemoryCodes(width) if config.uses_level_embedding else None
         self.target_embedding = nn.Embedding(config.vocab_size, width)
         self.decoder = ReasoningDecoder(
-            [self._build_block(config) for _ in range(config.num_decoder_layers)],
+            [self._build_block(config, index) for index in range(config.num_decoder_layers)],
             width,
             config.max_target_tokens,
             config.decoder_dropout,
@@ -96,7 +96,12 @@ class HsmnModel(LanguageModel):
         self.embedding_scale = width**0.5 if config.ties_embeddings else 1.0
 
     @staticmethod
-    def _build_block(config: HsmnConfig) -> ReasoningBlock:
+    def _build_block(config: HsmnConfig, index: int) -> ReasoningBlock:
+        cms = None
+        if isinstance(config, HsmnHopeConfig):
+            from hsmn_dist.models.hsmn.target_memory import TargetMemory
+
+            cms = TargetMemory(config, index)
         return ReasoningBlock(
             config.d_model,
             config.num_heads,
@@ -105,6 +110,7 @@ class HsmnModel(LanguageModel):
             config.activation,
             config.norm_placement == "pre",
             config.attention_span_tokens,
+            cms,
         )
 
     # What training needs to know.
@@ -123,18 +129,22 @@ class HsmnModel(LanguageModel):
         """Role of every parameter, from the kind of module that holds it."""
         roles = {}
         for path, module in self.named_modules():
-            for name, _ in module.named_parameters(recurse=False):
-                role = ParamRole.VECTOR
+            for name, parameter in module.named_parameters(recurse=False):
+                shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties the tensor itself
+                role = ParamRole.MATRIX if len(shape) > 1 else ParamRole.VECTOR
                 if isinstance(module, nn.Embedding):
                     role = ParamRole.EMBEDDING
-                elif isinstance(module, nn.Linear) and name == "weight":
-                    role = ParamRole.HEAD if module is self.head else ParamRole.MATRIX
+                elif module is self.head:
+                    role = ParamRole.HEAD
                 roles[f"{path}.{name}"] = role
         return roles
 
     def parameter_components(self) -> dict[str, str]:
-        """Component of every parameter, by the part of the model that owns it."""
-        return {name: COMPONENTS[name.split(".", 1)[0]] for name, _ in self.named_parameters()}
+        """Component of every parameter, by the part of the model that owns it; a hybrid's memories are "cms"."""
+        return {
+            name: "cms" if ".cms." in name or ".cms_norm." in name else COMPONENTS[name.split(".", 1)[0]]
+            for name, _ in self.named_parameters()
+        }
 
     def prunable_parameters(self) -> list[str]:
         """The Aggregator's factors, compressor, decompressor, and the head unless it is tied."""
@@ -208,8 +218,10 @@ class HsmnModel(LanguageModel):
             memory, is_valid = self.read_context(inputs.context_ids, inputs.context_mask)
             first = torch.full_like(inputs.target_ids[:, :1], BOS_ID)
             embedded = self._embed_target(torch.cat([first, inputs.target_ids[:, :-1]], dim=1))
-            hidden = self.decoder(embedded, memory, is_valid[:, None, None, :])
-            return self._score(hidden, inputs, target_loss)
+            hidden, health = self.decoder(embedded, memory, is_valid[:, None, None, :])
+            output = self._score(hidden, inputs, target_loss)
+            output.aux = health
+            return output
         assert state.pending is not None
         embedded = self._embed_target(torch.cat([state.pending[:, None], inputs.target_ids[:, :-1]], dim=1))
         hidden, decoder = self.decoder.extend(embedded, state.decoder)

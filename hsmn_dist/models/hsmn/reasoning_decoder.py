@@ -6,8 +6,9 @@ original restarted them), and the result equals the single pass. Source: HSMN pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from hsmn_dist.models.layers.kv_cache import LayerCache
 from hsmn_dist.models.layers.norms import build_norm
 
 KeysValues = tuple[Tensor, Tensor]
+Health = dict[str, Tensor]
 
 
 @dataclass
@@ -29,14 +31,14 @@ class DecoderState:
         memory: cross-attention keys and values of the memory nodes, one pair for each layer.
         memory_mask: [B, 1, 1, N] bool.
         num_tokens: target positions read so far.
-        extras: states of the blocks' additional memories (hybrid), one for each layer.
+        fast: states of the blocks' continuum memories, one for each layer (None without, and at the start).
     """
 
     caches: list[LayerCache]
     memory: list[KeysValues]
     memory_mask: Tensor
     num_tokens: int = 0
-    extras: list = field(default_factory=list)
+    fast: list[Any] = field(default_factory=list)
 
     @property
     def batch_size(self) -> int:
@@ -46,11 +48,14 @@ class DecoderState:
     def fork(self) -> DecoderState:
         """An independent copy, to go on in two ways."""
         caches = [cache.fork() for cache in self.caches]
-        return DecoderState(caches, self.memory, self.memory_mask, self.num_tokens, list(self.extras))
+        return DecoderState(caches, self.memory, self.memory_mask, self.num_tokens, list(self.fast))
 
 
 class ReasoningBlock(nn.Module):
-    """Three sublayers, each with a residual; norms in front ("pre") or behind ("post", the original)."""
+    """Three sublayers, each with a residual; norms in front ("pre") or behind ("post", the original).
+
+    The hybrid passes in a fourth one, `cms`, which maps (x, state, whether a state is wanted) to (y, state, health).
+    """
 
     def __init__(
         self,
@@ -61,34 +66,48 @@ class ReasoningBlock(nn.Module):
         activation: Activation = "relu",
         is_pre_norm: bool = True,
         span: int = 0,
+        cms: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.self_norm = build_norm(d_model)
         self.self_attention = Attention(d_model, num_heads)
         self.cross_norm = build_norm(d_model)
         self.cross_attention = Attention(d_model, num_heads)
+        self.cms_norm = None if cms is None else build_norm(d_model)
+        self.cms = cms
         self.feed_forward_norm = build_norm(d_model)
         self.feed_forward = FeedForward(d_model, d_feed_forward, activation, dropout)
         self.dropout = nn.Dropout(dropout)
         self.is_pre_norm = is_pre_norm
         self.span = span
 
-    def forward(self, x: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
-        """From x [B, T, D], memory [B, N, D] and memory_mask [B, 1, 1, N] to [B, T, D]."""
-        return self._run(x, self.cross_attention.keys_values(memory), memory_mask, None)
+    def forward(self, x: Tensor, memory: Tensor, memory_mask: Tensor) -> tuple[Tensor, Health]:
+        """From x [B, T, D], memory [B, N, D] and memory_mask [B, 1, 1, N] to [B, T, D] and the CMS's health scalars."""
+        x, _, health = self._run(x, self.cross_attention.keys_values(memory), memory_mask, None, None)
+        return x, health
 
-    def extend(self, x: Tensor, memory: KeysValues, memory_mask: Tensor, cache: LayerCache) -> Tensor:
-        """New target positions x [B, T, D] behind those in `cache`, over prepared memory keys and values."""
-        return self._run(x, memory, memory_mask, cache)
+    def extend(
+        self, x: Tensor, memory: KeysValues, memory_mask: Tensor, cache: LayerCache, fast: Any
+    ) -> tuple[Tensor, Any]:
+        """New target positions x [B, T, D] behind those in `cache` and in the CMS state `fast` (None at the start)."""
+        x, fast, _ = self._run(x, memory, memory_mask, cache, fast)
+        return x, fast
 
-    def _run(self, x: Tensor, memory: KeysValues, memory_mask: Tensor, cache: LayerCache | None) -> Tensor:
+    def _run(
+        self, x: Tensor, memory: KeysValues, memory_mask: Tensor, cache: LayerCache | None, fast: Any
+    ) -> tuple[Tensor, Any, Health]:
+        x = self._residual(x, self.self_norm, lambda y: self._attend(y, cache))
+        x = self._residual(x, self.cross_norm, lambda y: self.cross_attention.read(y, memory, memory_mask))
+        health: Health = {}
+        if self.cms is not None and self.cms_norm is not None:
+            y, fast, health = self.cms(self.cms_norm(x) if self.is_pre_norm else x, fast, cache is not None)
+            x = x + self.dropout(y) if self.is_pre_norm else self.cms_norm(x + self.dropout(y))
+        return self._residual(x, self.feed_forward_norm, self.feed_forward), fast, health
+
+    def _residual(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         if self.is_pre_norm:
-            x = x + self.dropout(self._attend(self.self_norm(x), cache))
-            x = x + self.dropout(self.cross_attention.read(self.cross_norm(x), memory, memory_mask))
-            return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        x = self.self_norm(x + self.dropout(self._attend(x, cache)))
-        x = self.cross_norm(x + self.dropout(self.cross_attention.read(x, memory, memory_mask)))
-        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+            return x + self.dropout(sublayer(norm(x)))
+        return norm(x + self.dropout(sublayer(x)))
 
     def _attend(self, x: Tensor, cache: LayerCache | None) -> Tensor:
         return self.self_attention(x, is_causal=True, cache=cache, span=self.span)
@@ -114,25 +133,27 @@ class ReasoningDecoder(nn.Module):
         positions = torch.arange(first_position, first_position + embedded.shape[1], device=embedded.device)
         return self.dropout(embedded + self.position_embedding(positions.expand(embedded.shape[0], -1)))
 
-    def forward(self, embedded: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
-        """Embedded shifted targets [B, T, D], memory [B, N, D], its mask [B, 1, 1, N] -> hidden [B, T, D]."""
+    def forward(self, embedded: Tensor, memory: Tensor, memory_mask: Tensor) -> tuple[Tensor, Health]:
+        """Embedded shifted targets [B, T, D], memory [B, N, D], its mask [B, 1, 1, N] -> hidden [B, T, D], health."""
         x = self._embed(embedded, 0)
-        for block in self.blocks:
-            x = block(x, memory, memory_mask)
-        return self.final_norm(x)
+        health: Health = {}
+        for index, block in enumerate(self.blocks):
+            x, scalars = block(x, memory, memory_mask)
+            health.update({f"{name}/block_{index}": value for name, value in scalars.items()})
+        return self.final_norm(x), health
 
     def start(self, memory: Tensor, memory_mask: Tensor) -> DecoderState:
         """A state before the first target token, with each layer's keys and values of the memory prepared once."""
         caches = [LayerCache(block.span) for block in self.stack]
         prepared = [block.cross_attention.keys_values(memory) for block in self.stack]
-        return DecoderState(caches, prepared, memory_mask)
+        return DecoderState(caches, prepared, memory_mask, 0, [None] * len(caches))
 
     def extend(self, embedded: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Read a further window [B, T, D]; hidden [B, T, D] and the new state (the old one must not be used again)."""
         x = self._embed(embedded, state.num_tokens)
-        for block, cache, memory in zip(self.stack, state.caches, state.memory, strict=True):
-            x = block.extend(x, memory, state.memory_mask, cache)
-        state = DecoderState(
-            state.caches, state.memory, state.memory_mask, state.num_tokens + embedded.shape[1], state.extras
-        )
-        return self.final_norm(x), state
+        fast = []
+        for index, block in enumerate(self.stack):
+            x, after = block.extend(x, state.memory[index], state.memory_mask, state.caches[index], state.fast[index])
+            fast.append(after)
+        num_tokens = state.num_tokens + embedded.shape[1]
+        return self.final_norm(x), DecoderState(state.caches, state.memory, state.memory_mask, num_tokens, fast)
