@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hsmn_dist.evaluation.scorecard import Scorecard
 from hsmn_dist.foundation.extras import require
 from hsmn_dist.foundation.files import atomic_path
 from hsmn_dist.tracking import metric_names
+
+if TYPE_CHECKING:
+    from hsmn_dist.evaluation.probes import RecallResult
 
 Series = Mapping[str, Sequence[tuple[int, float]]]
 
@@ -164,22 +167,25 @@ def gradient_figure(series: Series, path: Path) -> Path:
     return _save(figure, path)
 
 
-def recall_figure(
-    lengths: Sequence[int], depths: Sequence[float], scores: Sequence[Sequence[float | None]], path: Path, title: str
-) -> Path:
-    """The heat map of recall: depth of the fact (row, 0 is the beginning) against context length (column)."""
-    figure = _new_figure(1.0 * len(lengths) + 3.0, 0.4 * len(depths) + 2.0)
-    axes = figure.add_subplot(1, 1, 1)
-    values = [[float("nan") if value is None else value for value in row] for row in scores]
-    image = axes.imshow(values, cmap="RdYlGn", vmin=0.0, vmax=1.0, aspect="auto")
-    for y, row in enumerate(scores):
-        for x, value in enumerate(row):
-            axes.text(x, y, "-" if value is None else f"{100 * value:.0f}", ha="center", va="center", fontsize=8)
-    axes.set_facecolor("0.85")
-    axes.set_xticks(range(len(lengths)), [str(length) for length in lengths], rotation=30, fontsize=8)
-    axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}%" for depth in depths], fontsize=8)
-    axes.set_xlabel("context length (words)")
-    axes.set_ylabel("depth of the fact")
-    axes.set_title(title, fontsize=10)
-    figure.colorbar(image, ax=axes, label="recalled")
+def recall_figure(result: RecallResult, path: Path) -> Path:
+    """The heat map of recall, depth of the fact (row, 0 is the beginning) by length: written out, and chosen among keys."""
+    lengths, depths = result.settings["lengths"], result.settings["depths"]
+    figure = _new_figure(2 * (0.9 * len(lengths) + 2.2), 0.45 * len(depths) + 2.2)
+    chance = 1.0 / result.settings["num_choices"]
+    titles = ((result.recalled, "written out"), (result.chosen, f"chosen among keys (chance {100 * chance:.0f}%)"))
+    for place, (scores, title) in enumerate(titles, 1):
+        axes = figure.add_subplot(1, 2, place)
+        image = axes.imshow(scores, cmap="RdYlGn", vmin=0.0, vmax=1.0, aspect="auto")
+        for y, row in enumerate(scores):
+            for x, value in enumerate(row):
+                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8)
+        marks = [" *" if is_longer else "" for is_longer in result.is_longer_than_limit or [False] * len(lengths)]
+        labels = [f"{length}{mark}" for length, mark in zip(lengths, marks, strict=True)]
+        axes.set_xticks(range(len(lengths)), labels, rotation=30, fontsize=8)
+        axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}%" for depth in depths], fontsize=8)
+        axes.set_xlabel("words of text" + (" (* longer than the model's context)" if any(marks) else ""), fontsize=8)
+        axes.set_ylabel("depth of the fact", fontsize=8)
+        axes.set_title(title, fontsize=10)
+    figure.suptitle(f"recall, {result.settings['kind']}, {result.settings['num_trials']} questions a cell", fontsize=10)
+    figure.colorbar(image, ax=figure.axes, label="percent of questions / 100", fraction=0.05)
     return _save(figure, path)

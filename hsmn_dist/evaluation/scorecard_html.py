@@ -195,13 +195,11 @@ def _references(card: Scorecard) -> str:
     if not card.references:
         return ""
     rows = []
-    for row in card.references:
-        score = words.NOT_MEASURED if row.get("score") is None else f"{row['score']:g}"
-        conditions = f"{row.get('metric', '')}; {row.get('split', '')}; {row.get('shots', '?')} shots"
-        cells = f"<td>{escape(str(row.get('benchmark')))}</td><td>{escape(str(row.get('model')))}</td>{_number(score)}"
-        notes = f'<td class="small">{escape(conditions)}</td><td class="small">{escape(words.reference_note(row))}</td>'
-        rows.append(f"<tr>{cells}{notes}</tr>")
-    head = _head(("benchmark", "model", "score", "conditions", "status and source"))
+    for benchmark, model, score, conditions, source in words.comparison_rows(card):
+        name = f"<b>{escape(model)}</b>" if model == "this run" else escape(model)
+        notes = f'<td class="small">{escape(conditions)}</td><td class="small">{escape(source)}</td>'
+        rows.append(f"<tr><td>{escape(benchmark)}</td><td>{name}</td>{_number(score)}{notes}</tr>")
+    head = _head(("benchmark", "model", "score (percent)", "conditions", "status and source"))
     note = (
         '<p class="note">Scores that others reported, under their own conditions; compare only where split, shots and metric '
         "agree with ours.</p>"

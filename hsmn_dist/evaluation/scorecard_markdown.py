@@ -74,17 +74,9 @@ def _stage_table(card: Scorecard) -> str:
 
 
 def _reference_table(card: Scorecard) -> str:
-    rows = [
-        (
-            str(row.get("benchmark")),
-            str(row.get("model")),
-            words.NOT_MEASURED if row.get("score") is None else f"{row['score']:g}",
-            f"{row.get('metric', '')}; {row.get('split', '')}; {row.get('shots', '?')} shots",
-            words.reference_note(row),
-        )
-        for row in card.references
-    ]
-    return _table(("benchmark", "model", "score", "conditions", "status and source"), rows)
+    return _table(
+        ("benchmark", "model", "score (percent)", "conditions", "status and source"), words.comparison_rows(card)
+    )
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -100,8 +100,26 @@ def run_rows(card: Scorecard) -> list[tuple[str, str]]:
     return rows
 
 
+def comparison_rows(card: Scorecard) -> list[tuple[str, str, str, str, str]]:
+    """(benchmark, model, score in percent, conditions, status and source): ours first, then what others reported."""
+    rows = []
+    for benchmark in dict.fromkeys(str(row["benchmark"]) for row in card.references):
+        for task in card.tasks:
+            result = card.final(task)
+            if list(card.run.get("datasets", {}).get(task, [task])) == [benchmark] and result is not None:
+                conditions = f"{result['metric']}; {result['conditions'].get('split')}; {result['conditions'].get('shots')} shots"
+                limit = f"{result['num_examples']} examples of {card.run.get('run_id', 'this run')}"
+                rows.append((benchmark, "this run", with_interval(result), conditions, f"measured; {limit}"))
+        for row in card.references:
+            if row["benchmark"] == benchmark:
+                conditions = f"{row.get('metric', '')}; {row.get('split', '')}; {row.get('shots', '?')} shots"
+                rows.append(
+                    (benchmark, str(row.get("model")), percent(row.get("score")), conditions, reference_note(row))
+                )
+    return rows
+
+
 def reference_note(row: Mapping[str, Any]) -> str:
     """Source, date and how far a reference score can be trusted."""
-    return (
-        f"{row.get('verification', 'unverified')}; {row.get('source') or 'no source'}; {row.get('date') or 'no date'}"
-    )
+    parts = [row.get("verification", "unverified"), row.get("source") or "no source", row.get("date") or "no date"]
+    return "; ".join(str(part) for part in [*parts, row.get("note")] if part)

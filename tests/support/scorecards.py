@@ -66,7 +66,7 @@ def sample_scorecard(**changes) -> Scorecard:
             {
                 "benchmark": "gsm8k",
                 "model": "A model",
-                "score": 57.1,
+                "score": 0.571,
                 "metric": "exact match",
                 "split": "test",
                 "shots": 5,
@@ -74,7 +74,7 @@ def sample_scorecard(**changes) -> Scorecard:
                 "date": "2024-01-01",
                 "verification": "unverified",
             },
-            {"benchmark": "mmlu", "model": "A model", "score": 70.0},
+            {"benchmark": "mmlu", "model": "A model", "score": 0.7},
         ],
         "contamination": {"word_problems": {"status": "measured", "exact": 0, "near": 2}},
         "reproduce": ["hsmn-dist run configs/runs/demo.yaml"],

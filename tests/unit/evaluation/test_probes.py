@@ -103,7 +103,7 @@ def test_both_families_can_be_probed_and_the_map_drawn(family, tmp_path):
     result = run_recall_probe(model, settings)
     assert result.is_longer_than_limit == [False, True]
     assert all(0.0 <= value <= 1.0 for row in result.chosen for value in row)
-    path = recall_figure(settings.lengths, settings.depths, result.chosen, tmp_path / "map.png", "chosen")
+    path = recall_figure(result, tmp_path / "map.png")
     assert path.stat().st_size > 1000
 
 
