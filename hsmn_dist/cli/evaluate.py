@@ -18,12 +18,17 @@ EXAMPLE = (
 def command(
     run: str = typer.Argument(help="Run id, its beginning or end, a path, `latest`, or a folder of weights."),
     stage: int | None = typer.Option(None, help="Stage whose weights are scored; the newest complete one when absent."),
-    task: list[str] = typer.Option([], help="Task of the run; all of them when absent. May be repeated."),
+    task: list[str] = typer.Option(
+        [], "--task", "--tasks", help="Task of the run; all of them when absent. May be repeated."
+    ),
     dataset: str = typer.Option("", help="Score this dataset instead of the run's tasks."),
     source: str = typer.Option("", help="Local rows of --dataset; empty: built-in rows or the hub."),
     num_examples: int | None = typer.Option(None, help="Examples per task; the configuration's when absent."),
     max_new_tokens: int | None = typer.Option(None, help="Longest answer; the configuration's when absent."),
     runs_model_code: bool = typer.Option(False, "--run-model-code", help="Run model-written programs in the sandbox."),
+    harness: str = typer.Option("", help="`lm-eval` runs --task from that harness instead of the run's tasks."),
+    include_path: Path | None = typer.Option(None, help="Folder of task YAML files for --harness (works offline)."),
+    num_shots: int | None = typer.Option(None, help="Shots for --harness; each task's own number when absent."),
     run_root: Path = typer.Option(Path("runs"), help="Folder of runs."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
@@ -33,6 +38,9 @@ def command(
     from hsmn_dist.orchestration.trained_model import load_trained
 
     trained = load_trained(run, run_root, stage)
+    if harness:
+        _run_harness(trained, harness, task, include_path, num_shots, num_examples)
+        return
     settings = trained.config.evaluation if trained.config else EvaluationConfig()
     changes: dict[str, Any] = {"runs_model_code": runs_model_code or settings.runs_model_code}
     if num_examples is not None:
@@ -50,6 +58,26 @@ def command(
         typer.echo(json.dumps(results, indent=2))
     else:
         _print(results)
+
+
+def _run_harness(
+    trained: Any, harness: str, tasks: list[str], include_path: Path | None, num_shots: int | None, limit: int | None
+) -> None:
+    """Tasks of lm-evaluation-harness; its result dictionary is printed as JSON."""
+    if harness != "lm-eval" or not tasks:
+        raise ConfigError(
+            f"--harness {harness!r} with {len(tasks)} tasks",
+            allowed="--harness lm-eval with at least one --task",
+            action="for example: --harness lm-eval --task my_task --include-path tasks",
+        )
+    from hsmn_dist.evaluation.lm_eval_adapter import run_harness
+
+    result = run_harness(trained.text_model(), tasks, include_path, num_shots, limit)
+    typer.echo(
+        json.dumps(
+            {key: result[key] for key in ("results", "versions", "n-shot") if key in result}, indent=2, default=str
+        )
+    )
 
 
 def _examples(

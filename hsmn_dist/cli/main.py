@@ -24,6 +24,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("generate", "Write text with a trained model."),
     "scorecard": ("scorecard", "Rebuild, print and compare scorecards."),
     "runs": ("runs", "List runs, show one, say why one failed."),
+    "data": ("data", "List the known datasets, show one, check prepared shards."),
+    "plan": ("plan", "Memory, hours and cost of a run on given machines."),
+    "verify": ("verify", "Check a model's invariants on any weights, on a CPU."),
+    "probe": ("probe", "Recall of hidden facts by depth and length, with its heat map."),
+    "track": ("track", "Upload a run's metrics to MLflow later."),
     "doctor": ("doctor", "Check this machine: versions, devices, disk, Ray, MLflow."),
 }
 

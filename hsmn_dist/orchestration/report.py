@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hsmn_dist.config.load import config_digest
 from hsmn_dist.config.run import RunConfig
+from hsmn_dist.data.contamination import ContaminationReport
+from hsmn_dist.data.shards.index import load_index
 from hsmn_dist.evaluation.figures import loss_figure, matrix_figure
+from hsmn_dist.evaluation.reference_scores import reference_rows
 from hsmn_dist.evaluation.scorecard import Scorecard, StageLine, build_scorecard
 from hsmn_dist.evaluation.scorecard_files import write_scorecard
 from hsmn_dist.evaluation.task_result import TaskResult
@@ -14,6 +18,7 @@ from hsmn_dist.foundation.errors import CheckpointError
 from hsmn_dist.foundation.files import read_json
 from hsmn_dist.orchestration.curriculum import load_stored_config
 from hsmn_dist.orchestration.run_folder import RunFolder
+from hsmn_dist.orchestration.served_model import log_final_model
 from hsmn_dist.orchestration.stage import training_stages
 from hsmn_dist.tracking import metric_names
 from hsmn_dist.tracking.build import TrackedRun, build_tracker
@@ -75,13 +80,14 @@ def scorecard_of(folder: RunFolder) -> Scorecard:
             action=f"hsmn-dist run --resume {folder.run_id}",
         )
     baseline = read_json(folder.baseline)["tasks"] if folder.baseline.is_file() else None
+    facts = _run_facts(config, folder, results)
     return build_scorecard(
-        _run_facts(config, folder, results),
+        facts,
         [_stage_line(result) for result in results],
         [_task_results(result["tasks"]) for result in results],
         None if baseline is None else _task_results(baseline),
-        references=_references(),
-        contamination=_contamination(config, folder),
+        references=reference_rows({name for names in facts["datasets"].values() for name in names}),
+        contamination=_contamination(folder, facts["datasets"]),
         reproduce=[f"hsmn-dist run {folder.config}", f"hsmn-dist scorecard {folder.run_id}"],
         bootstrap_samples=config.evaluation.bootstrap_samples,
     )
@@ -119,6 +125,7 @@ def write_report(folder: RunFolder, tracker: Tracker) -> None:
         if final is not None and final["nll_per_token"] is not None:
             values[metric_names.task_loss(task)] = final["nll_per_token"]
     tracker.log_metrics(values, last)
+    log_final_model(config, folder, run_tags(config, folder))
 
 
 def _run_facts(config: RunConfig, folder: RunFolder, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -161,9 +168,25 @@ def _task_results(tasks: dict[str, Any]) -> dict[str, TaskResult]:
     return {name: TaskResult.from_json(value) for name, value in tasks.items()}
 
 
-def _references() -> list[dict[str, Any]]:
-    return []
-
-
-def _contamination(config: RunConfig, folder: RunFolder) -> dict[str, dict[str, Any]]:
-    return {}
+def _contamination(folder: RunFolder, datasets: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """Task -> what the index of its datasets says of test items found in training examples."""
+    folders = read_json(folder.prepared)["folders"]
+    found: dict[str, dict[str, Any]] = {}
+    for task, names in datasets.items():
+        reports = {name: load_index(Path(folders[name])).notes.get("contamination") for name in names}
+        entries = {
+            name: ContaminationReport.from_json(report).scorecard_entry() for name, report in reports.items() if report
+        }
+        if len(entries) == 1 == len(names):
+            found[task] = entries[names[0]]
+        elif entries:
+            found[task] = {
+                "status": "measured",
+                **{
+                    f"{name}.{key}": value
+                    for name, entry in entries.items()
+                    for key, value in entry.items()
+                    if key != "status"
+                },
+            }
+    return found
