@@ -25,9 +25,8 @@ class SlurmSettings:
         setup: shell line that makes `hsmn-dist` and `ray` available: a venv to activate, or nothing with a container.
         container: Apptainer image; every command then runs inside it.
         mlflow_uri: tracking server that the nodes reach; the configuration's when empty.
-        stages_in: seconds before the time limit at which USR1 asks for a checkpoint.
-        array: Slurm's --array, for studies ("0-7"); the run's name gets the task number.
-        gpus_per_node: None takes the configuration's ranks per node on GPU runs, and none on CPU runs.
+        signal_seconds: seconds before the time limit at which USR1 asks for a checkpoint.
+        array: Slurm's --array, for studies ("0-7"): task i runs under the seed `seed + i` and a name of its own.
     """
 
     kind: str = "many_nodes"
@@ -56,6 +55,7 @@ def slurm_script(config: RunConfig, config_path: str, settings: SlurmSettings) -
         *("--set", f"cluster.num_nodes={num_nodes}"),
         *(["--set", f"tracking.uri={settings.mlflow_uri}"] if settings.mlflow_uri else []),
     ]
+    seeds = [f'--set "seed=$(({config.seed} + SLURM_ARRAY_TASK_ID))"'] if settings.array else []
     values = {
         "directives": "\n".join(_directives(config, settings, num_nodes, cpus)),
         "title": f"{config.name}: {num_nodes} x {cluster.ranks_per_node} ranks",
@@ -64,7 +64,7 @@ def slurm_script(config: RunConfig, config_path: str, settings: SlurmSettings) -
         "gpus": str(cluster.ranks_per_node if cluster.device == "gpu" else 0),
         "cpus": str(cpus),
         "grace": str(int(cluster.grace_seconds)),
-        "command": f'{shlex.join(words)} --name "{name}"',
+        "command": " ".join([shlex.join(words), f'--name "{name}"', *seeds]),
     }
     text = TEMPLATE
     for key, value in values.items():
@@ -95,23 +95,31 @@ TEMPLATE = """#!/bin/bash
 # @title@
 # Made by `hsmn-dist slurm`; change the configuration and make it again.
 @directives@
+# shellcheck disable=SC1091,SC2016,SC2329
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?run it with sbatch}"
 @setup@
 image=@container@
-inside() { if [ -n "$image" ]; then apptainer exec --nv "$image" "$@"; else "$@"; fi; }
+prefix=()
+if [ -n "$image" ]; then prefix=(apptainer exec --nv "$image"); fi
 
-# Ports and a short folder of this job alone: jobs that share a node never meet (a socket path has 107 bytes at most).
+# Ports, token and a short folder of this job alone: jobs that share a node never meet (a socket path has 107 bytes at most).
 base=$((20000 + SLURM_JOB_ID % 400 * 100))
 export RAY_TMPDIR="/tmp/r$SLURM_JOB_ID"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$SLURM_SUBMIT_DIR/.ray_token_$SLURM_JOB_ID"
 (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \\n' > "$RAY_AUTH_TOKEN_PATH")
-if [ -f cluster/nccl.env ]; then set -a && . cluster/nccl.env && set +a; fi
+if [ -f cluster/nccl.env ]; then
+  set -a
+  # shellcheck source=/dev/null
+  . cluster/nccl.env
+  set +a
+fi
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head_ip=${RAY_HEAD_IP:-$(srun --overlap --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" hostname -I | awk '{print $1}')}
 export RAY_ADDRESS="$head_ip:$base"
-driver="" ray_pid="" asked="" ended=""
+driver="" asked="" ended=""
+nodes=()
 
 ask() { # checkpoint and leave; may be called more than once
   if [ -n "$asked" ]; then return; fi
@@ -121,29 +129,53 @@ ask() { # checkpoint and leave; may be called more than once
 clean() {
   if [ -n "$ended" ]; then return; fi
   ended=1
-  trap '' TERM USR1
-  for pid in $driver $ray_pid; do kill -TERM "$pid" 2>/dev/null || true; done
-  for _ in $(seq 20); do
-    if ! kill -0 $ray_pid 2>/dev/null; then break; fi
+  trap : TERM USR1
+  if [ -n "$driver" ]; then kill -TERM "$driver" 2>/dev/null || true; fi
+  for pid in "${nodes[@]}"; do kill -USR2 "$pid" 2>/dev/null || true; done
+  for _ in $(seq 30); do
+    alive=""
+    for pid in "${nodes[@]}"; do if kill -0 "$pid" 2>/dev/null; then alive=1; fi; done
+    if [ -z "$alive" ]; then break; fi
     sleep 0.5
   done
-  for pid in $driver $ray_pid; do kill -KILL "$pid" 2>/dev/null || true; done
+  for pid in $driver "${nodes[@]}"; do kill -KILL "$pid" 2>/dev/null || true; done
   rm -rf "$RAY_AUTH_TOKEN_PATH" "$RAY_TMPDIR"
+}
+until_ended() { # exit code of a background process; a signal that ends `wait` early is not its end
+  local code
+  while :; do
+    code=0
+    wait "$1" || code=$?
+    if ! kill -0 "$1" 2>/dev/null; then break; fi
+  done
+  code=0
+  wait "$1" || code=$?
+  return "$code"
 }
 trap ask TERM USR1
 trap clean EXIT
+
+# On a node: Ray in a session of its own. TERM goes to all of a job at once; Ray must outlive the driver's checkpoint, so only USR2,
+# which `clean` sends, ends it.
+node_script='mkdir -p "$RAY_TMPDIR"
+trap : TERM USR1
+setsid "$@" &
+child=$!
+trap "kill -TERM $child" USR2
+while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+rm -rf "$RAY_TMPDIR"'
 
 ray_node() { # index host arguments...
   local index=$1 host=$2 ports
   shift 2
   ports=$((base + 10 + index * 20))
-  srun --overlap --nodes=1 --ntasks=1 --cpus-per-task=@cpus@ --nodelist="$host" --kill-on-bad-exit=1 \\
-    bash -c 'mkdir -p "$RAY_TMPDIR"; exec "$@"' ray $(if [ -n "$image" ]; then echo apptainer exec --nv "$image"; fi) \\
+  srun --overlap --nodes=1 --ntasks=1 --cpus-per-task=@cpus@ --nodelist="$host" \\
+    bash -c "$node_script" ray "${prefix[@]}" \\
     ray start --block --disable-usage-stats --num-cpus=@cpus@ --num-gpus=@gpus@ \\
     --node-manager-port=$ports --object-manager-port=$((ports + 1)) --runtime-env-agent-port=$((ports + 2)) \\
     --dashboard-agent-grpc-port=$((ports + 3)) --dashboard-agent-listen-port=$((ports + 4)) \\
     --metrics-export-port=$((ports + 5)) "$@" &
-  ray_pid="$ray_pid $!"
+  nodes+=("$!")
 }
 ray_node 0 "${hosts[0]}" --head --node-ip-address="$head_ip" --port="$base" --temp-dir="$RAY_TMPDIR" \\
   --dashboard-host=127.0.0.1 --dashboard-port=$((base + 1)) --ray-client-server-port=$((base + 2))
@@ -152,38 +184,36 @@ for index in $(seq 1 $((${#hosts[@]} - 1))); do
 done
 
 # Wait until every node has joined.
-inside python - "${#hosts[@]}" <<'PYTHON' &
-import sys, time, ray
+"${prefix[@]}" python - "${#hosts[@]}" <<'PYTHON' &
+import sys, time
+import ray
+
 deadline = time.time() + 300
-while True:
-    try:
-        ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
-        break
-    except ConnectionError:
-        if time.time() > deadline:
-            raise
-        time.sleep(2)
-while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[1]):
+alive = 0
+while alive < int(sys.argv[1]):
     if time.time() > deadline:
-        sys.exit(f"only {sum(node['Alive'] for node in ray.nodes())} of {sys.argv[1]} nodes joined")
-    time.sleep(1)
+        sys.exit(f"only {alive} of {sys.argv[1]} nodes joined the Ray cluster within 300 s")
+    time.sleep(2)
+    try:
+        if not ray.is_initialized():
+            ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+        alive = sum(node["Alive"] for node in ray.nodes())
+    except ConnectionError:
+        continue
 PYTHON
 driver=$!
-wait "$driver"
+until_ended "$driver"
 driver=""
 if [ -n "$asked" ]; then exit 75; fi
 
-inside @command@ &
+"${prefix[@]}" @command@ &
 driver=$!
 code=0
-wait "$driver" || code=$?
-while kill -0 "$driver" 2>/dev/null; do # a signal ends `wait` early: the driver is still writing its checkpoint
-  code=0
-  wait "$driver" || code=$?
-done
+until_ended "$driver" || code=$?
 driver=""
-if [ "$code" = 75 ]; then
-  # A checkpoint was written: queue the same job again; it resumes. A site with RequeueExit=75 does so by itself.
+clean
+if [ "$code" = 75 ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+  # A checkpoint was written, and nobody cancelled the job: queue it again; it resumes.
   scontrol requeue "$SLURM_JOB_ID" || true
 fi
 exit "$code"
