@@ -178,7 +178,8 @@ def recall_figure(result: RecallResult, path: Path) -> Path:
         image = axes.imshow(scores, cmap="RdYlGn", vmin=0.0, vmax=1.0, aspect="auto")
         for y, row in enumerate(scores):
             for x, value in enumerate(row):
-                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8)
+                color = "black" if 0.2 < value < 0.8 else "white"
+                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=color)
         marks = [" *" if is_longer else "" for is_longer in result.is_longer_than_limit or [False] * len(lengths)]
         labels = [f"{length}{mark}" for length, mark in zip(lengths, marks, strict=True)]
         axes.set_xticks(range(len(lengths)), labels, rotation=30, fontsize=8)
@@ -187,5 +188,5 @@ def recall_figure(result: RecallResult, path: Path) -> Path:
         axes.set_ylabel("depth of the fact", fontsize=8)
         axes.set_title(title, fontsize=10)
     figure.suptitle(f"recall, {result.settings['kind']}, {result.settings['num_trials']} questions a cell", fontsize=10)
-    figure.colorbar(image, ax=figure.axes, label="percent of questions / 100", fraction=0.05)
+    figure.colorbar(image, ax=figure.axes, label="share of questions", fraction=0.05)
     return _save(figure, path)
