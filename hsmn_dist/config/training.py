@@ -39,6 +39,10 @@ class TrainingConfig(Section):
     )
     patience: int = Field(10, ge=1, description="Validations without a better loss before the stage stops early.")
     checkpoint_every_steps: int = Field(50, ge=1, description="Optimizer steps between two checkpoints.")
+    saves_in_background: bool = Field(
+        True,
+        description="Training waits for the copy of its state only, and a thread writes it; needs host memory for the copy.",
+    )
     keep_last_checkpoints: int = Field(2, ge=1, description="Older checkpoints are removed, the best one excepted.")
     log_every_steps: int = Field(10, ge=1, description="Optimizer steps between two points on the tracker.")
     activation_checkpointing: Literal["none", "every_block", "every_second_block"] = Field(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+Group = dist.ProcessGroup
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -55,13 +56,18 @@ def broadcast_object(value: T, source: int = 0) -> T:
     return box[0]  # type: ignore[no-any-return]
 
 
-def all_gather_objects(value: T) -> list[T]:
-    """Every rank's value, in rank order, on every rank."""
+def all_gather_objects(value: T, group: Group | None = None) -> list[T]:
+    """Every rank's value, in rank order, on every rank; over `group` where a thread of its own does the talking."""
     if _is_alone():
         return [value]
     box: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(box, value)
+    dist.all_gather_object(box, value, group=group)
     return box
+
+
+def background_group() -> Group | None:
+    """A gloo group of all ranks for one background thread, so that its messages cannot meet the training's. Collective."""
+    return None if _is_alone() else dist.new_group(backend="gloo")
 
 
 def any_rank(condition: bool) -> bool:

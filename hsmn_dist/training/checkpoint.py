@@ -3,7 +3,8 @@
 Every rank writes into a folder aside, flushes and hashes its files; rank 0 writes the manifest last and renames the folder. What a
 crash leaves behind has another name and is removed by the next save. Unusual: there is no `latest` pointer to go stale, a damaged
 checkpoint is passed over for an older one (said loudly), and a rank that fails to write tells the others, so nobody waits for it.
-Nothing is read before its hash was checked, and nothing is pickled.
+Nothing is read before its hash was checked, and nothing is pickled. A save in the background copies the state and leaves the writing
+to a thread with a process group of its own; the next save waits for it, so at most one copy is held.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from hsmn_dist.distributed.collectives import all_gather_objects, any_rank, broadcast_object
+from hsmn_dist.distributed.collectives import Group, all_gather_objects, any_rank, background_group, broadcast_object
 from hsmn_dist.distributed.determinism import capture_rng, restore_rng
 from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.errors import CheckpointError
@@ -38,6 +41,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 STEP_PREFIX = "step_"
 BEST_PREFIX = "best_"
+ABANDON_SECONDS = 60.0
 
 SAVE_POINTS = (
     "folder_made",
@@ -127,29 +131,75 @@ class Checkpointer:
         self._may_commit = may_commit
         self._at_point = at_point
         self._was_found_sound: set[str] = set()
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
+        self._group: Group | None = None
 
-    def save(self, engine: Engine, state: TrainState) -> Path:
-        """Write a checkpoint of `state.step` and remove old ones.
+    def save(self, engine: Engine, state: TrainState, in_background: bool = False) -> Path:
+        """Write a checkpoint of `state.step` and remove old ones; returns its place.
 
         Raises:
-            CheckpointError: a rank could not write; all ranks raise, and older checkpoints are whole.
+            CheckpointError: a rank could not write this one (or, in the background, the one before); all ranks raise,
+                and older checkpoints are whole.
         """
+        self.wait()
         tensors, header = engine.snapshot()
-        written = self._write(f"{STEP_PREFIX}{state.step:08d}", tensors, header, asdict(state), capture_rng())
-        self._prune(state.best_step)
-        return written
+        facts, rng, best_step = asdict(state), capture_rng(), state.best_step
+        name = f"{STEP_PREFIX}{state.step:08d}"
 
-    def save_best(self, engine: Engine, state: TrainState) -> Path:
+        def work() -> None:
+            self._write(name, tensors, header, facts, rng)
+            self._prune(best_step)
+
+        self._do(work, in_background)
+        return self.folder / name
+
+    def save_best(self, engine: Engine, state: TrainState, in_background: bool = False) -> Path:
         """Keep the weights alone as the best so far. Older ones stay while a kept checkpoint speaks of them."""
-        tensors, header = engine.snapshot()
-        tensors, header = weights_alone(tensors, header)
-        return self._write(f"{BEST_PREFIX}{state.best_step:08d}", tensors, header, {}, None)
+        self.wait()
+        tensors, header = weights_alone(*engine.snapshot())
+        name = f"{BEST_PREFIX}{state.best_step:08d}"
+        self._do(lambda: self._write(name, tensors, header, {}, None), in_background)
+        return self.folder / name
+
+    def wait(self) -> None:
+        """Return when what was saved in the background is on the disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def abandon(self) -> None:
+        """Let what is being written in the background come to its end, whatever that is; not collective."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            error = pending.exception(ABANDON_SECONDS)
+        except FutureTimeoutError:
+            error = None
+            log.warning("the checkpoint in the background did not end within %g s", ABANDON_SECONDS)
+        if error is not None:
+            log.warning("the checkpoint in the background was not written: %s", error)
+
+    def _do(self, work: Callable[[], None], in_background: bool) -> None:
+        if not in_background:
+            work()
+            return
+        if self._thread is None:
+            self._group = background_group()
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending = self._thread.submit(work)
 
     def restore(self, engine: Engine) -> TrainState | None:
         """Load the newest sound checkpoint into the engine and the random generators; None when there is none.
 
         At another world size than the one that saved, random states are left as they are.
         """
+        self.wait()
         path = self.newest()
         if path is None:
             return None
@@ -161,6 +211,7 @@ class Checkpointer:
 
     def restore_best(self, engine: Engine, state: TrainState) -> bool:
         """Load the best weights (the optimizer's moments are dropped); False when they are not there."""
+        self.wait()
         path = self.folder / f"{BEST_PREFIX}{state.best_step:08d}"
         if not self._is_sound(path):
             return False
@@ -198,7 +249,7 @@ class Checkpointer:
 
     def _write(
         self, name: str, tensors: dict[str, Tensor], header: str, state: dict[str, Any], rng: dict[str, Any] | None
-    ) -> Path:
+    ) -> None:
         rank, aside = self._world.rank, self.folder / f".{name}.tmp-save"
         self._together(lambda: self._make_folder(aside), first_rank_alone=True)
         self._at_point("folder_made")
@@ -218,12 +269,11 @@ class Checkpointer:
         self._together(write_own)
         self._at_point("shards_written")
         entries: dict[str, Any] = {}
-        for part in all_gather_objects(own):
+        for part in all_gather_objects(own, self._group):
             entries.update(part)
         self._at_point("hashes_exchanged")
         self._together(lambda: self._commit(aside, self.folder / name, entries, state), first_rank_alone=True)
         self._was_found_sound.add(name)
-        return self.folder / name
 
     def _make_folder(self, aside: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -268,7 +318,7 @@ class Checkpointer:
                 work()
             except Exception as caught:
                 error = caught
-        messages = all_gather_objects("" if error is None else f"rank {self._world.rank}: {error}")
+        messages = all_gather_objects("" if error is None else f"rank {self._world.rank}: {error}", self._group)
         if error is not None:
             raise error
         if problems := [message for message in messages if message]:

@@ -62,6 +62,8 @@ class DeepSpeedEngine:
         self._names = list(parameters)
         optimizer = build_optimizer(optim, parameters.items(), roles, periods)
         self._nll = NllModule(model)
+        if training.compiles_model:
+            self._nll.compile(dynamic=True)
         if self._stage == 3 and model.gathered_whole:
             deepspeed.utils.set_z3_leaf_modules(model, list(model.gathered_whole))
         self._engine, _, _, _ = deepspeed.initialize(

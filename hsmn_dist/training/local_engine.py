@@ -59,6 +59,8 @@ class LocalEngine:
             self._masters = masters
         self._weights = dict(model.named_parameters())
         self._nll = NllModule(model)
+        if training.compiles_model:
+            self._nll.compile(dynamic=True)
         self._optimizer = build_optimizer(optim, self._masters.items(), roles, periods)
         self._has_gradients = False
         self._roles = roles

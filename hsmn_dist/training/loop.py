@@ -198,6 +198,9 @@ class _Stage:
         stream = self._parts.open_stream(self._state.cursor)
         try:
             return self._run(stream)
+        except Exception:
+            self._parts.checkpointer.abandon()
+            raise
         finally:
             close = getattr(stream, "close", None)
             if close is not None:
@@ -326,7 +329,7 @@ class _Stage:
 
     def _save(self) -> None:
         with self._meter.part("checkpoint"):
-            self._parts.checkpointer.save(self._engine, self._state)
+            self._parts.checkpointer.save(self._engine, self._state, self._training.saves_in_background)
 
     def _validate(self) -> None:
         state, started = self._state, time.perf_counter()
@@ -340,7 +343,7 @@ class _Stage:
         best = state.best_loss
         if best is None or (math.isfinite(loss) and not loss >= best):
             state.best_loss, state.best_step, state.num_bad_validations = loss, state.step, 0
-            self._parts.checkpointer.save_best(self._engine, state)
+            self._parts.checkpointer.save_best(self._engine, state, self._training.saves_in_background)
         else:
             state.num_bad_validations += 1
         values = {
@@ -373,6 +376,7 @@ class _Stage:
 
     def _leave(self) -> None:
         self._save()
+        self._parts.checkpointer.wait()
         raise Preempted(
             f"asked to leave before step {self._state.step}; a checkpoint was written",
             allowed="starting the same command again",
@@ -381,6 +385,7 @@ class _Stage:
 
     def _finish(self) -> TrainResult:
         state = self._state
+        self._parts.checkpointer.wait()
         assert state.best_loss is not None
         if state.best_step != state.step and not self._parts.checkpointer.restore_best(self._engine, state):
             log.warning("the weights of best step %d are gone; the last ones stay", state.best_step)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -197,3 +198,32 @@ def test_the_manifest_lists_every_file_with_its_hash(tmp_path: Path) -> None:
     manifest = json.loads((path / MANIFEST).read_text())
     assert sorted(manifest["files"]) == sorted(file.name for file in path.iterdir() if file.name != MANIFEST)
     assert manifest["world_size"] == 1
+
+
+def test_a_save_in_the_background_holds_the_state_of_its_moment(tmp_path: Path) -> None:
+    engine, may_write = make_engine(tmp_path), threading.Event()
+    keeper = Checkpointer(tmp_path / "c", World(), at_point=lambda _: may_write.wait(30))
+    train_a_step(engine, 1)
+    wanted, state = engine.state_dict(), TrainState(step=1, recent_losses=[1.0])
+    keeper.save(engine, state, in_background=True)
+    train_a_step(engine, 2)
+    state.step, state.recent_losses[0] = 2, 9.0
+    assert Checkpointer(tmp_path / "c", World()).newest() is None, "nothing is there before it is whole"
+    may_write.set()
+    keeper.wait()
+    other = make_engine(tmp_path)
+    assert Checkpointer(tmp_path / "c", World()).restore(other) == TrainState(step=1, recent_losses=[1.0])
+    assert all(torch.equal(value, wanted[name]) for name, value in other.state_dict().items())
+
+
+def test_a_background_save_that_failed_is_reported_by_the_next_one(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+
+    def full(point: str) -> None:
+        if point == "hashes_exchanged":
+            raise OSError(28, "No space left on device")
+
+    keeper = Checkpointer(tmp_path / "c", World(), at_point=full)
+    keeper.save(engine, TrainState(step=1), in_background=True)
+    with pytest.raises(OSError, match="No space left"):
+        keeper.save(engine, TrainState(step=2), in_background=True)

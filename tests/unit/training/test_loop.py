@@ -16,7 +16,7 @@ from tests.support.distributed import run_distributed
 from tests.support.stages import QuadraticPull, TinyStage, training_config
 
 
-class Stop(Exception):
+class Stop(RuntimeError):
     """Stands for a kill: nothing of the program runs after it."""
 
 
