@@ -36,7 +36,7 @@ from hsmn_dist.data.raw_reader import hub_configuration, hub_revision, hub_split
 from hsmn_dist.data.shards.index import INDEX_NAME, load_index, save_index
 from hsmn_dist.data.shards.reader import read_examples, remote_files
 from hsmn_dist.data.shards.remote import is_url
-from hsmn_dist.data.shards.writer import disk_error
+from hsmn_dist.data.shards.writer import disk_errors_as_data_errors
 from hsmn_dist.data.sources import known_source
 from hsmn_dist.data.tokenizer import TOKENIZER_NAME, Tokenizer, build_tokenizer, load_tokenizer
 from hsmn_dist.foundation.errors import ConfigError, DataError
@@ -99,7 +99,7 @@ def prepare_curriculum(
     home = root / digest[:DIGEST_LETTERS]
     jobs = [_Job(dataset, home / dataset.name, digest, origin) for dataset, origin in resolved]
     given = {dataset.name: dataset.shards for dataset in unique if dataset.shards}
-    with _locked(root / f".{home.name}.lock"):
+    with disk_errors_as_data_errors(home), _locked(root / f".{home.name}.lock"):
         if given:
             _use_given_shards(given, data, tokenizer, home / TOKENIZER_NAME)
         _prepare(jobs, data, tokenizer, home / TOKENIZER_NAME, fingerprints, progress, executor)
@@ -130,7 +130,7 @@ def prepare_dataset(
             allowed="an empty folder, or one made by the same command",
             action="name another --out, or remove this folder first",
         )
-    with _locked(out / ".lock"):
+    with disk_errors_as_data_errors(out), _locked(out / ".lock"):
         job = _Job(resolved[0][0], out, digest, resolved[0][1])
         _prepare([job], data, tokenizer, out / TOKENIZER_NAME, fingerprints, progress, executor)
     return out
@@ -160,12 +160,9 @@ def _prepare(
     _make_shards(todo, data, tokenizer_path, progress, executor)
     notes = _contamination_notes(jobs, todo, data, progress)
     for job in todo:
-        try:
-            extra = {"origin": job.origin, **notes.get(job.dataset.name, {})}
-            index = build_index(job.folder, job.work, tokenizer, job.dataset.name, job.digest, extra)
-            save_index(job.folder, index)
-        except OSError as error:
-            raise disk_error(job.folder / INDEX_NAME, error) from error
+        extra = {"origin": job.origin, **notes.get(job.dataset.name, {})}
+        index = build_index(job.folder, job.work, tokenizer, job.dataset.name, job.digest, extra)
+        save_index(job.folder, index)
         shutil.rmtree(job.work, ignore_errors=True)
         is_complete(job.folder, job.digest, fingerprints)  # remembers the hashes for the next start
     fingerprints.save()
@@ -216,7 +213,7 @@ def is_complete(folder: Path, digest: str, fingerprints: Fingerprints) -> bool:
 
 
 def _make_examples(jobs: list[_Job], data: DataConfig, progress: Progress, executor: Executor | None) -> None:
-    tasks = [ExamplesTask(job.dataset, data, str(job.work)) for job in jobs]
+    tasks = [ExamplesTask(job.dataset, data, str(job.work.resolve())) for job in jobs]
     chosen = executor or build_executor(data.prepare_workers, len(tasks))
     if isinstance(chosen, InlineExecutor):
         for task in tasks:
@@ -271,10 +268,10 @@ def _make_shards(
 ) -> None:
     tasks = [
         ShardsTask(
-            folder=str(job.folder),
-            work_folder=str(job.work),
+            folder=str(job.folder.resolve()),  # a worker of a cluster has another working directory
+            work_folder=str(job.work.resolve()),
             part=part,
-            tokenizer_path=str(tokenizer_path),
+            tokenizer_path=str(tokenizer_path.resolve()),
             max_context_tokens=data.max_context_tokens,
             max_target_tokens=data.max_target_tokens,
             shard_bytes=data.shard_bytes,
@@ -316,7 +313,8 @@ def _resolve(dataset: DatasetConfig, fingerprints: Fingerprints) -> tuple[Datase
         return pinned, {"kind": kind, "source": dataset.name, "revision": pinned.revision, **origin}
     path = Path(dataset.source)
     files = [[file.name, fingerprints.sha256(file)] for file in source_files(path)]
-    return plain, {"kind": kind, "source": path.name, "revision": sha256_of_json(files)}
+    found = plain.model_copy(update={"source": str(path.resolve())})
+    return found, {"kind": kind, "source": path.name, "revision": sha256_of_json(files)}
 
 
 def _digest(

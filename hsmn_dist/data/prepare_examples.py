@@ -20,7 +20,7 @@ from hsmn_dist.data.dedup import DedupSettings, deduplicated
 from hsmn_dist.data.example import Example
 from hsmn_dist.data.preprocessors.base import SkipCounter, require_usable
 from hsmn_dist.data.raw_reader import read_rows
-from hsmn_dist.data.shards.writer import disk_error
+from hsmn_dist.data.shards.writer import disk_errors_as_data_errors
 from hsmn_dist.data.sources import known_source
 from hsmn_dist.data.split import split_of
 from hsmn_dist.foundation.errors import DataError
@@ -61,7 +61,7 @@ def run_examples_task(task: ExamplesTask, report: Callable[[int], None] | None =
     source = known_source(task.dataset.name)
     only_test = source is not None and source.is_evaluation_only
     counts = {"train": 0, "validation": 0, "test": 0}
-    with _PartWriter(work, task.data.part_examples) as writer:
+    with disk_errors_as_data_errors(work), _PartWriter(work, task.data.part_examples) as writer:
         for example in examples:
             split = "test" if only_test else split_of(example.group, task.data.split, task.data.split_seed)
             try:
@@ -142,16 +142,13 @@ class _PartWriter:
 
     def write(self, line: str) -> None:
         """Append one line."""
-        try:
-            if self.num_examples % self._part_examples == 0:
-                self._finish()
-                aside = self._stack.enter_context(atomic_path(part_path(self._folder, self.num_parts)))
-                self._stream = self._stack.enter_context(aside.open("w", encoding="utf-8"))
-                self.num_parts += 1
-            assert self._stream is not None
-            self._stream.write(line + "\n")
-        except OSError as error:
-            raise disk_error(part_path(self._folder, self.num_parts), error) from error
+        if self.num_examples % self._part_examples == 0:
+            self._finish()
+            aside = self._stack.enter_context(atomic_path(part_path(self._folder, self.num_parts)))
+            self._stream = self._stack.enter_context(aside.open("w", encoding="utf-8"))
+            self.num_parts += 1
+        assert self._stream is not None
+        self._stream.write(line + "\n")
         self.num_examples += 1
 
     def _finish(self) -> None:
@@ -166,8 +163,5 @@ class _PartWriter:
         if kind is not None:
             with suppress(OSError):  # a full disk refuses the buffered rest once more
                 self._stack.__exit__(kind, error, trace)
-            return
-        try:
+        else:
             self._finish()
-        except OSError as problem:
-            raise disk_error(self._folder, problem) from problem

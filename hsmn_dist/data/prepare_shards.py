@@ -18,7 +18,7 @@ import numpy as np
 from hsmn_dist.data.prepare_examples import iter_part, read_manifest
 from hsmn_dist.data.shards.index import SAMPLE_DTYPE, SPLITS, ShardEntry, ShardIndex, SplitEntry, save_samples
 from hsmn_dist.data.shards.tar_layout import token_dtype
-from hsmn_dist.data.shards.writer import ShardWriter, disk_error
+from hsmn_dist.data.shards.writer import ShardWriter
 from hsmn_dist.data.tokenizer import Tokenizer, load_tokenizer
 from hsmn_dist.foundation.files import read_json, write_json
 
@@ -85,15 +85,12 @@ def run_shards_task(task: ShardsTask) -> tuple[str, int, int]:
             truncated["targets"] += encoded.is_target_cut
             line = json.dumps(example, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
             writers[split].write(line, encoded.context, encoded.target)
-    try:
-        shards = {}
-        for split, writer in writers.items():
-            save_samples(_part_samples(work, task.part, split), writer.samples)
-            shards[split] = [asdict(shard) for shard in writer.shards]
-        value = {"shards": shards, "truncated": truncated}
-        write_json(manifest, value)
-    except OSError as error:
-        raise disk_error(manifest, error) from error
+    shards = {}
+    for split, writer in writers.items():
+        save_samples(_part_samples(work, task.part, split), writer.samples)
+        shards[split] = [asdict(shard) for shard in writer.shards]
+    value = {"shards": shards, "truncated": truncated}
+    write_json(manifest, value)
     return task.folder, task.part, _num_samples(value)
 
 

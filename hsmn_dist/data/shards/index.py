@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hsmn_dist.foundation.errors import DataError, HsmnError
-from hsmn_dist.foundation.files import read_json, sha256_of_file, sha256_of_json, write_json
+from hsmn_dist.foundation.files import atomic_path, read_json, sha256_of_file, sha256_of_json, write_json
 
 INDEX_NAME = "index.json"
 FORMAT = 1
@@ -188,10 +188,8 @@ def parse_index(value: Any, path: object) -> ShardIndex:
 
 def save_samples(path: Path, samples: np.ndarray) -> str:
     """Write the numbers of a split's samples; gives the file's SHA-256."""
-    aside = path.with_name(f".{path.name}.tmp-write.npy")
-    with aside.open("wb") as stream:
+    with atomic_path(path) as aside, aside.open("wb") as stream:
         np.save(stream, samples.astype(SAMPLE_DTYPE), allow_pickle=False)
-    aside.replace(path)
     return sha256_of_file(path)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -38,6 +39,17 @@ def disk_error(path: Path, error: OSError) -> DataError:
         allowed="a disk with room for the shards",
         action="free space or choose another folder, then start the same command again; nothing half-written is kept",
     )
+
+
+@contextmanager
+def disk_errors_as_data_errors(path: Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises into a `DataError` about `path`; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_ERRORS:
+            raise disk_error(path, error) from error
+        raise
 
 
 class ShardWriter:
@@ -74,7 +86,7 @@ class ShardWriter:
         second = member(f"{key}.{TOKENS_SUFFIX}", tokens)
         if self._stream is not None and self._offset + len(first) + len(second) > self._shard_bytes - 2 * BLOCK_BYTES:
             self._finish()
-        try:
+        with disk_errors_as_data_errors(self._folder):
             if self._stream is None:
                 self._start()
             row = (
@@ -87,8 +99,6 @@ class ShardWriter:
                 len(target),
             )
             self._append(first + second)
-        except OSError as error:
-            raise self._translate(error) from error
         self._rows.append(row)
 
     def close(self) -> None:
@@ -123,12 +133,10 @@ class ShardWriter:
         self._offset += len(data)
 
     def _finish(self) -> None:
-        try:
+        with disk_errors_as_data_errors(self._folder):
             self._append(END_OF_ARCHIVE)
             self._stream = None
             self._stack.close()  # closes the file, flushes it to the disk, renames it
-        except OSError as error:
-            raise self._translate(error) from error
         rows = self._rows[self._first_row :]
         self.shards.append(
             ShardEntry(
@@ -141,8 +149,3 @@ class ShardWriter:
             )
         )
         self._stack = ExitStack()
-
-    def _translate(self, error: OSError) -> Exception:
-        if error.errno in _DISK_ERRORS:
-            return disk_error(self._folder / self._name, error)
-        return error

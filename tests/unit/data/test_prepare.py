@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -353,3 +354,28 @@ def test_split_shares_are_met() -> None:
     for number in range(20_000):
         counts[split_of(f"group {number}", (0.6, 0.2, 0.2), 42)] += 1
     assert counts["train"] == pytest.approx(12_000, abs=300) and counts["test"] == pytest.approx(4_000, abs=250)
+
+
+@pytest.mark.parametrize("count", [3, 60, 250])
+def test_a_disk_that_fills_up_leaves_nothing_that_the_next_run_would_trust(
+    prepared: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    import os
+
+    calls = 0
+    real = os.fsync
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls >= count // 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    tokenizer = TokenizerConfig(vocab_size=400)
+    with monkeypatch.context() as patch:
+        patch.setattr("hsmn_dist.foundation.files.os.fsync", full)
+        with pytest.raises(DataError, match="No space left"):
+            prepare_curriculum(DATASETS, DATA, tokenizer, tmp_path)
+    again = prepare_curriculum(DATASETS, DATA, tokenizer, tmp_path)
+    assert files_of(again.tokenizer_path.parent) == files_of(prepared.tokenizer_path.parent)
