@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pydantic import TypeAdapter
 
-from hsmn_dist.config.models import HsmnConfig
+from hsmn_dist.config.models import HsmnConfig, ModelConfig
 from hsmn_dist.models.build import build_model
 from hsmn_dist.models.contract import cross_entropy
 from hsmn_dist.models.hsmn.model import HsmnModel
@@ -22,10 +23,7 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 
 def config_of(path: Path) -> HsmnConfig:
-    values = yaml.safe_load(path.read_text())
-    if values["family"] != "hsmn":
-        pytest.skip("the hybrid has its own test")
-    return HsmnConfig(**values)
+    return TypeAdapter(ModelConfig).validate_python(yaml.safe_load(path.read_text()))
 
 
 @every_file
@@ -57,5 +55,5 @@ def test_loss_at_step_zero_is_ln_v_within_five_percent(path):
     assert float(nll.mean()) == pytest.approx(math.log(config.vocab_size), rel=0.05)
 
 
-def test_the_four_sizes_are_there():
-    assert {"hsmn_debug", "hsmn_small", "hsmn_base", "hsmn_large"} <= {path.stem for path in FILES}
+def test_the_four_sizes_and_the_hybrid_are_there():
+    assert {"hsmn_debug", "hsmn_small", "hsmn_base", "hsmn_large", "hsmn_hope_debug"} <= {path.stem for path in FILES}
