@@ -35,8 +35,10 @@ check: $(STAMP) ## lint, formatting, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes for the tests of one room each; then, alone, those that start clusters and whole runs.
 test: check ## checks and the quick tests (CPU, no network)
-	$(PYTEST) -m "$(QUICK)" tests
+	$(PYTEST) -m "$(QUICK)" -n 2 --dist loadfile tests/test_architecture.py tests/unit tests/parity
+	$(PYTEST) -m "$(QUICK)" tests/integration
 
 test-slow: $(STAMP) ## tests that take longer than a minute
 	$(PYTEST) -m "slow and not gpu and not multi_gpu and not network" tests

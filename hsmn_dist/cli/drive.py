@@ -12,7 +12,7 @@ from rich.console import Console
 from hsmn_dist.cli.live_view import LiveView
 from hsmn_dist.cli.prepare import terminal_progress
 from hsmn_dist.config.cluster import ClusterConfig
-from hsmn_dist.foundation.errors import Preempted
+from hsmn_dist.foundation.errors import ConfigError, Preempted
 from hsmn_dist.orchestration.curriculum import Run, record_prepared, run_curriculum
 from hsmn_dist.orchestration.launcher import LocalLauncher, StageLauncher
 from hsmn_dist.orchestration.report import open_parent_tracker, write_report
@@ -24,6 +24,12 @@ def build_launcher(name: str, cluster: ClusterConfig) -> StageLauncher:
     """The launcher of that name; Ray is imported only when it is chosen."""
     if name == "local":
         return LocalLauncher(cluster)
+    if name == "inline":
+        from hsmn_dist.orchestration.inline_launcher import InlineLauncher
+
+        return InlineLauncher(cluster)
+    if name != "ray":
+        raise ConfigError(f"--launcher {name}", allowed="ray, local, inline", action="choose one of them")
     from hsmn_dist.orchestration.ray_launcher import RayLauncher
 
     return RayLauncher(cluster)

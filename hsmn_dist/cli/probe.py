@@ -36,7 +36,7 @@ def command(
     if plot is not None:
         from hsmn_dist.evaluation.figures import recall_figure
 
-        recall_figure(length, depth, result.recalled, plot, f"{settings.kind}: {run}")
+        recall_figure(result, plot)
     if as_json:
         typer.echo(json.dumps(result.to_json(), indent=2))
         return

@@ -17,7 +17,9 @@ EXAMPLE = (
 def command(
     config: Path | None = typer.Argument(None, help="Run configuration (YAML)."),
     resume: str = typer.Option("", help="Take up this run: its id, beginning or end, a path, or `latest`."),
-    launcher: str = typer.Option("", help="ray or local (torchrun); the configuration's when absent."),
+    launcher: str = typer.Option(
+        "", help="ray, local (torchrun) or inline (one rank, no new process); the configuration's when absent."
+    ),
     assignments: list[str] = typer.Option([], "--set", help="Change one setting: section.key=value. May be repeated."),
     run_root: Path = typer.Option(Path("runs"), help="Where --resume looks for runs."),
     quiet: bool = typer.Option(False, "--quiet", help="No progress."),

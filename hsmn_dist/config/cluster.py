@@ -12,7 +12,9 @@ from hsmn_dist.config.section import Section
 class ClusterConfig(Section):
     """What the run may use."""
 
-    launcher: Literal["ray", "local"] = Field("ray", description="ray: Ray Train; local: torchrun on this machine.")
+    launcher: Literal["ray", "local", "inline"] = Field(
+        "ray", description="ray: Ray Train; local: torchrun on this machine; inline: one rank in this very process."
+    )
     num_nodes: int = Field(1, ge=1, description="Machines.")
     ranks_per_node: int = Field(
         2, ge=1, description="Training processes per machine; one per GPU where there are GPUs."
