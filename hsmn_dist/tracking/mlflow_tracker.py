@@ -80,7 +80,7 @@ class MlflowWriter:
         self._client: Any = None
         self._experiment_id = ""
         self._run_ids: dict[str, str] = {}
-        self._uploaded: dict[str, dict[str, set[int]]] = {}
+        self._on_server: dict[tuple[str, str], tuple[set[int], int]] = {}
 
     def connect(self) -> None:
         """Open the store and find or make the experiment.
@@ -115,7 +115,7 @@ class MlflowWriter:
         """Drop the connection and all that was learned over it; the next call starts afresh."""
         self._client = None
         self._run_ids.clear()
-        self._uploaded.clear()
+        self._on_server.clear()
 
     def run_of(self, stage: str) -> str:
         """MLflow's id of the parent run (stage "") or of a stage's run, found by tags or made."""
@@ -139,21 +139,29 @@ class MlflowWriter:
         made = self._client.create_run(self._experiment_id, tags=tags, run_name=name)
         return str(made.info.run_id)
 
-    def _known_steps(self, stage: str, name: str) -> set[int]:
-        """Steps of a metric that the server has; read once a connection."""
-        known = self._uploaded.setdefault(stage, {})
-        if name not in known:
-            history = self._client.get_metric_history(self.run_of(stage), name)
-            known[name] = {int(point.step) for point in history}
-        return known[name]
+    def _is_on_server(self, stage: str, name: str, step: int) -> bool:
+        """Whether the server had the point when this connection first asked; each metric's history is read once."""
+        key = (stage, name)
+        if key not in self._on_server:
+            steps = {int(point.step) for point in self._client.get_metric_history(self.run_of(stage), name)}
+            self._on_server[key] = (steps, max(steps, default=-1))
+        steps, last = self._on_server[key]
+        if step <= last:
+            return step in steps
+        # Steps rise, so what lies behind is not asked for again; a run of millions of steps must not pile them up here.
+        steps.clear()
+        return False
 
     def write_lines(self, lines: list[MetricLine]) -> int:
-        """Upload the points that the server does not have; returns how many were sent."""
+        """Upload the points that the server does not have; returns how many were sent.
+
+        After an error call `forget`, or a part that was sent before it would be sent again.
+        """
         entities = require("mlflow.entities")
         batch: dict[str, list[Any]] = {}
         for line in lines:
             for name, value in line.values.items():
-                if line.step in self._known_steps(line.stage, name):
+                if self._is_on_server(line.stage, name, line.step):
                     continue
                 point = entities.Metric(name, value, round(line.time * 1000), line.step)
                 batch.setdefault(line.stage, []).append(point)
@@ -162,8 +170,6 @@ class MlflowWriter:
             for start in range(0, len(points), _MAX_METRICS):
                 part = points[start : start + _MAX_METRICS]
                 self._send_points(stage, part)
-                for point in part:
-                    self._uploaded[stage][point.key].add(point.step)
                 sent += len(part)
         return sent
 

@@ -162,7 +162,7 @@ def mlflow_server(folder: Path, port: int):
     with (folder / "server.log").open("a") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240  # 17 s on a quiet machine
         while time.monotonic() < deadline and process.poll() is None:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
                 break
