@@ -1,4 +1,4 @@
-"""Datasets that need no network: word_problems, stdlib_code, passkey, and `text` for a reader's own documents.
+"""Datasets that need no network: word_problems, stdlib_code, passkey, list_sorting, and `text` for a reader's own documents.
 
 The first two have the columns of gsm8k and code_search_net and go through those preprocessors. `passkey` hides a fact in
 filler and asks for it (Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.3); `text` cuts documents into a context and
@@ -134,6 +134,19 @@ def passkey(dataset: DatasetConfig) -> Iterator[Row]:
         yield Row(f"passkey row {number}", value)
 
 
+def list_sorting(dataset: DatasetConfig) -> Iterator[Row]:
+    """Rows {context, question, answer}: four to six different one-digit numbers, to be put in order."""
+    for number in range(dataset.num_examples or DEFAULT_EXAMPLES):
+        draw = _random("list_sorting", number)
+        digits = draw.sample(range(10), draw.randint(4, 6))
+        value = {
+            "context": f"Numbers: {' '.join(map(str, digits))}.",
+            "question": "In rising order?",
+            "answer": " ".join(map(str, sorted(digits))),
+        }
+        yield Row(f"list_sorting row {number}", value)
+
+
 def _functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef):
@@ -251,6 +264,7 @@ GENERATORS: dict[str, Callable[[DatasetConfig], Iterator[Row]]] = {
     "word_problems": word_problems,
     "stdlib_code": stdlib_code,
     "passkey": passkey,
+    "list_sorting": list_sorting,
 }
 
 
@@ -270,7 +284,11 @@ def preprocessor_of(name: str) -> Preprocessor:
     Raises:
         ConfigError: no dataset has that name; the nearest is suggested.
     """
-    own: dict[str, Preprocessor] = {"passkey": passkey_examples, TEXT_NAME: text_examples}
+    own: dict[str, Preprocessor] = {
+        "passkey": passkey_examples,
+        "list_sorting": passkey_examples,
+        TEXT_NAME: text_examples,
+    }
     if name in own:
         return own[name]
     if name in GENERATORS:

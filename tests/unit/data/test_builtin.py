@@ -92,4 +92,5 @@ def test_an_unknown_dataset_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError) as caught:
         preprocessor_of("word_problem")
     assert "word_problems" in caught.value.action
-    assert {"gsm8k", "word_problems", "text"} <= set(dataset_names()) and len(dataset_names()) == 37
+    assert {"gsm8k", "word_problems", "list_sorting", "text"} <= set(dataset_names())
+    assert len(dataset_names()) == 38
