@@ -35,7 +35,7 @@ def build_launcher(name: str, cluster: ClusterConfig) -> StageLauncher:
     return RayLauncher(cluster)
 
 
-def drive(run: Run, launcher_name: str, quiet: bool = False) -> Path:
+def drive(run: Run, launcher_name: str, quiet: bool = False, prints: bool = True) -> Path:
     """Prepare what is not prepared, run the pending stages, write the scorecard; returns its path."""
     console = Console(stderr=True, quiet=quiet)
     folder = run.folder
@@ -52,6 +52,8 @@ def drive(run: Run, launcher_name: str, quiet: bool = False) -> Path:
         raise
     finally:
         tracker.finish(status)
+    if not prints:
+        return folder.scorecard
     lines = [(folder.path / "scorecard.md").read_text(encoding="utf-8"), *_next_commands(run)]
     typer.echo("\n".join(lines))
     return folder.scorecard

@@ -16,7 +16,7 @@ import yaml
 from hsmn_dist.config.load import config_digest, run_config_from_mapping, write_resolved
 from hsmn_dist.config.run import RunConfig
 from hsmn_dist.foundation.errors import CheckpointError, ConfigError, HsmnError, Preempted, StageFailed
-from hsmn_dist.foundation.files import write_json, write_text
+from hsmn_dist.foundation.files import sha256_of_file, write_json, write_text
 from hsmn_dist.foundation.log import logger
 from hsmn_dist.foundation.provenance import provenance
 from hsmn_dist.orchestration.attempt import new_attempt
@@ -47,7 +47,7 @@ def create_run(config: RunConfig) -> Run:
     write_json(folder.provenance, provenance(config_digest(config)))
     attempt = new_attempt(folder)
     write_resolved(config, folder.config)  # last: a run exists when its configuration does
-    append_event(folder.journal, "run_started", attempt=attempt, config_digest=config_digest(config))
+    append_event(folder.journal, "run_started", attempt=attempt, config_sha256=sha256_of_file(folder.config))
     return Run(config, folder, attempt)
 
 
@@ -61,9 +61,9 @@ def reopen_run(folder: RunFolder) -> Run:
     config = load_stored_config(folder)
     events = read_events(folder.journal)
     started = next((event for event in events if event["event"] == "run_started"), None)
-    if started and started.get("config_digest") != config_digest(config):
+    if started and started.get("config_sha256") != sha256_of_file(folder.config):
         raise CheckpointError(
-            f"{folder.config}: its digest is not the one in the journal; the configuration was changed after the run began",
+            f"{folder.config}: its SHA-256 is not the one in the journal; the configuration was changed after the run began",
             allowed="the configuration that the run started with",
             action="restore it, or start a new run with the changed one",
         )

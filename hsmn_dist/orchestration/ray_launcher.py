@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -77,20 +80,17 @@ class RayLauncher:
             "log_to_driver": False,
             "logging_level": logging.WARNING,
         }
-        if cluster.ray_address:
-            ray.init(address=cluster.ray_address, **arguments)
-        else:
-            needed = cluster.num_nodes * cluster.ranks_per_node * cluster.cpus_per_rank
-            cores = max(os.cpu_count() or 1, 1)
-            if needed > cores:
-                raise ConfigError(
-                    f"the run wants {needed:g} CPU cores ({cluster.ranks_per_node} ranks x {cluster.cpus_per_rank:g}) and this machine has {cores}",
-                    allowed=f"at most {cores} cores on a local Ray cluster",
-                    action="lower cluster.ranks_per_node, or name a larger cluster with cluster.ray_address",
+        with _keeping_signal_handlers():
+            if cluster.ray_address:
+                ray.init(address=cluster.ray_address, **arguments)
+            else:
+                ray.init(
+                    address="local",
+                    num_cpus=_local_cores(cluster),
+                    include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
+                    **arguments,
                 )
-            ray.init(
-                address="local", num_cpus=cores, include_dashboard=False, _node_ip_address="127.0.0.1", **arguments
-            )
         self._started_ray = True
 
     def _check_resources(self) -> None:
@@ -117,6 +117,34 @@ class RayLauncher:
             resources_per_worker=resources,
             placement_strategy="PACK",
         )
+
+
+def _local_cores(cluster: ClusterConfig) -> int:
+    """Cores of a local Ray cluster; a run that wants more is refused before Ray starts."""
+    needed = cluster.num_nodes * cluster.ranks_per_node * cluster.cpus_per_rank
+    cores = max(os.cpu_count() or 1, 1)
+    if needed > cores:
+        raise ConfigError(
+            f"the run wants {needed:g} CPU cores ({cluster.ranks_per_node} ranks x {cluster.cpus_per_rank:g}) "
+            f"and this machine has {cores}",
+            allowed=f"at most {cores} cores on a local Ray cluster",
+            action="lower cluster.ranks_per_node, or name a larger cluster with cluster.ray_address",
+        )
+    return cores
+
+
+@contextmanager
+def _keeping_signal_handlers() -> Iterator[None]:
+    """Ray takes over SIGTERM when it starts; the driver's own handler, which asks for a checkpoint, comes back after."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run_on_worker(config: dict[str, Any]) -> None:

@@ -113,7 +113,7 @@ def test_a_complete_or_changed_run_is_not_resumed(tmp_path: Path) -> None:
     run = create_run(load_run_config(DEMO, [f"run_root={tmp_path}"]))
     text = run.folder.config.read_text()
     run.folder.config.write_text(text.replace("max_steps: 150", "max_steps: 151"))
-    with pytest.raises(Exception, match="digest is not the one"):
+    with pytest.raises(Exception, match="SHA-256 is not the one"):
         reopen_run(run.folder)
     run.folder.config.write_text(text)
     append_event(run.folder.journal, "run_completed")
