@@ -40,10 +40,11 @@ from hsmn_dist.data.shards.writer import disk_errors_as_data_errors
 from hsmn_dist.data.sources import known_source
 from hsmn_dist.data.tokenizer import TOKENIZER_NAME, Tokenizer, build_tokenizer, load_tokenizer
 from hsmn_dist.foundation.errors import ConfigError, DataError
-from hsmn_dist.foundation.files import remove_leftovers, sha256_of_file, sha256_of_json
+from hsmn_dist.foundation.files import remove_leftovers, sha256_of_file, sha256_of_json, write_text
 
 DIGEST_LETTERS = 16
 WORK = ".work"
+SETTINGS = ".settings"
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,12 @@ def prepare_dataset(
     Raises:
         ConfigError, DataError: as `prepare_curriculum`, or `out` holds another preparation.
     """
+    if out.is_dir() and not (out / SETTINGS).is_file() and any(out.iterdir()):
+        raise DataError(
+            f"{out}: holds files that no preparation made",
+            allowed="a new or empty folder, or one made by the same command",
+            action="name another --out",
+        )
     out.mkdir(parents=True, exist_ok=True)
     fingerprints = Fingerprints(out / ".fingerprints.json")
     resolved = [_resolve(dataset, fingerprints)]
@@ -127,13 +134,25 @@ def prepare_dataset(
     if (out / INDEX_NAME).is_file() and load_index(out).config_digest != digest:
         raise DataError(
             f"{out}: holds shards of {load_index(out).dataset!r} made with other settings or rows",
-            allowed="an empty folder, or one made by the same command",
+            allowed="a new or empty folder, or one made by the same command",
             action="name another --out, or remove this folder first",
         )
     with disk_errors_as_data_errors(out), _locked(out / ".lock"):
+        _forget_other_work(out, digest)
         job = _Job(resolved[0][0], out, digest, resolved[0][1])
         _prepare([job], data, tokenizer, out / TOKENIZER_NAME, fingerprints, progress, executor)
     return out
+
+
+def _forget_other_work(out: Path, digest: str) -> None:
+    """Remove what an unfinished preparation with other settings left: resuming from it would mix the two."""
+    marker = out / SETTINGS
+    if marker.is_file() and marker.read_text(encoding="utf-8") == digest:
+        return
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    for path in [out / TOKENIZER_NAME, *out.glob("*.tar"), *out.glob("*.samples.npy")]:
+        path.unlink(missing_ok=True)
+    write_text(marker, digest)
 
 
 def _prepare(

@@ -8,6 +8,7 @@ since CSV has none.
 
 from __future__ import annotations
 
+import ast
 import csv
 import gzip
 import io
@@ -237,16 +238,19 @@ def _column_types(name: str) -> dict[str, str]:
 
 
 def _typed(value: str, kind: str, origin: str, column: str) -> Any:
-    """A CSV cell as the dataset's record types it; lists and structs stand in cells as JSON."""
+    """A CSV cell as the dataset's record types it; lists and structs stand in cells as JSON, or as pandas prints them."""
     if kind.startswith("str"):
         return value
     if value == "":
         return None
     try:
-        decoded = json.loads(value)
-    except ValueError as error:
-        raise _unreadable(f"{origin}, column {column!r}", f"{value[:60]!r} is not JSON of type {kind}") from error
-    return decoded
+        return json.loads(value.lower() if kind.startswith("bool") else value)
+    except ValueError:
+        pass
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        raise _unreadable(f"{origin}, column {column!r}", f"{value[:60]!r} is not of type {kind}") from error
 
 
 def hub_revision(dataset: DatasetConfig) -> str:

@@ -240,6 +240,29 @@ def test_one_file_becomes_one_folder_with_its_tokenizer(tmp_path: Path) -> None:
         prepare_dataset(dataset, DATA.model_copy(update={"split_seed": 9}), BYTES, out)
 
 
+def test_an_unfinished_preparation_with_other_settings_is_not_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    write_rows(first, gsm8k_rows(90))
+    write_rows(second, gsm8k_rows(40))
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("hsmn_dist.data.prepare.save_index", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare_dataset(DatasetConfig(name="gsm8k", source=str(first)), DATA, TokenizerConfig(vocab_size=300), out)
+    prepare_dataset(DatasetConfig(name="gsm8k", source=str(second)), DATA, BYTES, out)
+    clean = prepare_dataset(DatasetConfig(name="gsm8k", source=str(second)), DATA, BYTES, tmp_path / "clean")
+    assert files_of(out) == {**files_of(clean), ".fingerprints.json": files_of(out)[".fingerprints.json"]}
+
+
+def test_a_folder_with_files_of_the_user_is_left_alone(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", gsm8k_rows(40))
+    with pytest.raises(DataError, match="no preparation made"):
+        prepare_dataset(DatasetConfig(name="gsm8k", source=str(source)), DATA, BYTES, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 def test_the_folder_name_follows_the_content_not_the_place(tmp_path: Path) -> None:
     names = set()
     for place in ("a", "b"):

@@ -50,6 +50,8 @@ def test_cells_of_a_csv_get_the_types_of_the_dataset(tmp_path: Path) -> None:
     rows = [{"question": "Q", "choices": '["a", "b"]', "answer": "1", "subject": "3"}]
     (row,) = read_path(write(tmp_path / "a.csv", rows), "mmlu")
     assert row.value == {"question": "Q", "choices": ["a", "b"], "answer": 1, "subject": "3"}
+    rows[0]["choices"] = "['a', \"it's\"]"  # as pandas writes a list
+    assert next(iter(read_path(write(tmp_path / "a.csv", rows), "mmlu"))).value["choices"] == ["a", "it's"]
     rows[0]["answer"] = "one"
     with pytest.raises(DataError, match="column 'answer'"):
         list(read_path(write(tmp_path / "a.csv", rows), "mmlu"))
