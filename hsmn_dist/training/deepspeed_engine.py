@@ -23,13 +23,16 @@ from hsmn_dist.config.optim import OptimConfig
 from hsmn_dist.config.training import TrainingConfig
 from hsmn_dist.distributed.shards import ParamShard
 from hsmn_dist.distributed.world import World
+from hsmn_dist.foundation.errors import ConfigError
 from hsmn_dist.models.contract import LanguageModel, ModelInput, TargetLoss, cross_entropy
 from hsmn_dist.optim.build import build_optimizer
+from hsmn_dist.optim.param_groups import MATRIX_RULE
 from hsmn_dist.training.deepspeed_config import deepspeed_config
 from hsmn_dist.training.engine import StepStats
 from hsmn_dist.training.gradient_norms import gradient_norms
 from hsmn_dist.training.losses import NllModule, tensors_of
-from hsmn_dist.training.shard_files import read_into, snapshot, write_snapshot
+from hsmn_dist.training.owned_matrices import OwnedMatrixOptimizer
+from hsmn_dist.training.shard_files import ShardSlot, read_into, snapshot, write_snapshot
 from hsmn_dist.training.whole_weights import gather_weights, scatter_weights
 from hsmn_dist.training.zero_shards import ModelFacts, ZeroShards
 
@@ -60,7 +63,7 @@ class DeepSpeedEngine:
         parameters = dict(model.named_parameters())
         facts = ModelFacts(parameters, {name: tuple(p.shape) for name, p in parameters.items()}, roles, components)
         self._names = list(parameters)
-        optimizer = build_optimizer(optim, parameters.items(), roles, periods)
+        optimizer = self._build_optimizer(training, optim, facts, periods)
         self._nll = NllModule(model)
         if training.compiles_model:
             self._nll.compile(dynamic=True)
@@ -70,6 +73,29 @@ class DeepSpeedEngine:
             model=self._nll, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self._shards = ZeroShards(self._engine, facts, self._stage)
+        if self._owned is not None:
+            self._owned.attach(self._shards.slots(False))
+
+    def _build_optimizer(
+        self, training: TrainingConfig, optim: OptimConfig, facts: ModelFacts, periods: Mapping[str, int]
+    ) -> torch.optim.Optimizer:
+        """The optimizer section's; under ZeRO 1 to 3 a matrix rule gets its whole matrices from `OwnedMatrixOptimizer`."""
+        plain = build_optimizer(optim, facts.parameters.items(), facts.roles, periods)
+        whole = {id(p) for group in plain.param_groups if group.get("rule") == MATRIX_RULE for p in group["params"]}
+        self._owned: OwnedMatrixOptimizer | None = None
+        if self._stage == 0 or not whole:
+            return plain
+        if training.offload.optimizer != "none":
+            raise ConfigError(
+                f"optim.optimizer.kind {optim.optimizer.kind} with training.offload.optimizer {training.offload.optimizer}",
+                allowed="matrix rules without optimizer offload, or kind adam",
+                action="set training.offload.optimizer to none",
+            )
+        names = frozenset(name for name, parameter in facts.parameters.items() if id(parameter) in whole)
+        self._owned = OwnedMatrixOptimizer(
+            plain.param_groups, lambda named, roles: build_optimizer(optim, named, roles), names
+        )
+        return self._owned
 
     def forward_backward(
         self, batch: ModelInput, global_target_tokens: float, target_loss: TargetLoss = cross_entropy
@@ -139,13 +165,16 @@ class DeepSpeedEngine:
         """See Engine. Where every rank holds everything, rank 0 alone gives something."""
         frozen = self._shards.frozen()
         is_writer = self._rank == 0 or self.num_shard_copies == 1
-        slots = self._shards.slots(False) if is_writer else []
-        return snapshot(slots, self._shards.optimizer, frozen if self._rank == 0 else {})
+        return snapshot(self._state_slots() if is_writer else [], frozen if self._rank == 0 else {})
+
+    def _state_slots(self) -> list[ShardSlot]:
+        slots = self._shards.slots(False)
+        return slots if self._owned is None else self._owned.state_slots(slots)
 
     def load(self, folder: Path) -> None:
         """See Engine."""
         frozen = self._shards.frozen()
-        read_into(folder, self._shards.slots(False), self._shards.optimizer, frozen)
+        read_into(folder, self._state_slots(), frozen)
         self._shards.set_frozen(frozen)
         self.refresh()
 

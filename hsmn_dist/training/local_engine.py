@@ -134,11 +134,11 @@ class LocalEngine:
 
     def snapshot(self) -> tuple[dict[str, Tensor], str]:
         """See Engine."""
-        return snapshot(self._slots(False), self._optimizer, self._frozen())
+        return snapshot(self._slots(False), self._frozen())
 
     def load(self, folder: Path) -> None:
         """See Engine."""
-        read_into(folder, self._slots(False), self._optimizer, self._frozen())
+        read_into(folder, self._slots(False), self._frozen())
         self.refresh()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -179,5 +179,5 @@ class LocalEngine:
                 value=master.detach().view(-1),
                 gradient=gradient,
             )
-            slots.append(ShardSlot(shard, master, 0))
+            slots.append(ShardSlot(shard, master, 0, self._optimizer.state))
         return slots

@@ -8,8 +8,8 @@ writes `rank_NNNNN.safetensors`; the checkpoint's manifest (hashes, written last
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from hsmn_dist.foundation.errors import CheckpointError
 from hsmn_dist.foundation.param_role import ParamRole
 
 VALUE = "value"
+STATE_ALONE = "@state"
 FORMAT = 1
 _ACTION = "use the configuration that the checkpoint was written with, or start the stage anew"
 
@@ -35,11 +36,17 @@ class ShardSlot:
         shard: name, range and fp32 value.
         flat: the tensor that the optimizer holds; several shards may share it.
         offset: where the shard starts in `flat`.
+        states: the optimizer's state by tensor.
+        holds_value, holds_state: which of the two this slot is saved and loaded for. A matrix whose momentum lives on one
+            rank has a slot for each.
     """
 
     shard: ParamShard
     flat: Tensor
     offset: int
+    states: MutableMapping[Tensor, Any] = field(default_factory=dict)
+    holds_value: bool = True
+    holds_state: bool = True
 
     def cut(self, tensor: Tensor) -> Tensor:
         """This shard's range of a state tensor of `flat`'s size (a view)."""
@@ -51,9 +58,7 @@ def shard_file(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:05d}.safetensors"
 
 
-def snapshot(
-    slots: Sequence[ShardSlot], optimizer: torch.optim.Optimizer, frozen: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], str]:
+def snapshot(slots: Sequence[ShardSlot], frozen: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """Copies of every shard's value and state on the CPU, and the header that describes them.
 
     `frozen` are whole parameters without optimizer state; one rank gives them, the others give none.
@@ -67,19 +72,27 @@ def snapshot(
         if not shard.num_elements:
             continue
         scalars: dict[str, Any] = {}
-        tensors[f"{VALUE}:{shard.name}"] = _copy(shard.value)
-        for key, entry in optimizer.state.get(slot.flat, {}).items():
+        name = shard.name if slot.holds_value else f"{shard.name}{STATE_ALONE}"
+        if slot.holds_value:
+            tensors[f"{VALUE}:{name}"] = _copy(shard.value)
+        state = slot.states.get(slot.flat, {}) if slot.holds_state else {}
+        for key, entry in state.items():
             if isinstance(entry, Tensor) and entry.dim() > 0:
-                tensors[f"{key}:{shard.name}"] = _copy(slot.cut(entry))
+                _check_elementwise(shard.name, key, entry, slot.flat)
+                tensors[f"{key}:{name}"] = _copy(slot.cut(entry))
             elif isinstance(entry, Tensor):
                 scalars[key] = {"value": entry.item(), "dtype": str(entry.dtype).removeprefix("torch.")}
             else:
                 scalars[key] = {"value": entry, "dtype": ""}
-        entries[shard.name] = {"start": shard.start, "stop": shard.stop, "shape": shard.shape, "scalars": scalars}
+        entries[name] = {"start": shard.start, "stop": shard.stop, "shape": shard.shape, "scalars": scalars}
     for name, tensor in frozen.items():
         tensors[f"{VALUE}:{name}"] = _copy(tensor.float().view(-1))
         entries[name] = {"start": 0, "stop": tensor.numel(), "shape": tuple(tensor.shape), "scalars": {}}
     return tensors, json.dumps({"format": FORMAT, "shards": entries})
+
+
+def _check_elementwise(name: str, key: str, entry: Tensor, flat: Tensor) -> None:
+    assert entry.numel() == flat.numel(), f"state {key} of {name} has {entry.numel()} elements, not {flat.numel()}"
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -97,13 +110,12 @@ class _Piece:
     start: int
     stop: int
     file: Any
+    keys: list[str]
     scalars: dict[str, Any]
     shape: tuple[int, ...]
 
 
-def read_into(
-    folder: Path, slots: Sequence[ShardSlot], optimizer: torch.optim.Optimizer, frozen: Mapping[str, Tensor]
-) -> None:
+def read_into(folder: Path, slots: Sequence[ShardSlot], frozen: Mapping[str, Tensor]) -> None:
     """Fill the shards, the optimizer's state and whole `frozen` tensors from a folder that any number of ranks wrote.
 
     Raises:
@@ -119,7 +131,7 @@ def read_into(
             action=_ACTION,
         )
     states: dict[int, dict[str, Any]] = {}
-    flats: dict[int, Tensor] = {id(slot.flat): slot.flat for slot in slots}
+    holders = {id(slot.flat): slot for slot in slots if slot.holds_state}
     for slot in slots:
         if slot.shard.name not in pieces:
             raise CheckpointError(
@@ -128,10 +140,10 @@ def read_into(
                 action=_ACTION,
             )
         _fill(folder, slot, pieces[slot.shard.name], states.setdefault(id(slot.flat), {}))
-    for key, flat in flats.items():
-        optimizer.state.pop(flat, None)
+    for key, slot in holders.items():
+        slot.states.pop(slot.flat, None)
         if states[key]:
-            optimizer.state[flat] = states[key]
+            slot.states[slot.flat] = states[key]
 
 
 def _frozen_slot(name: str, tensor: Tensor) -> ShardSlot:
@@ -160,9 +172,13 @@ def _open(folder: Path) -> dict[str, list[_Piece]]:
             raise CheckpointError(
                 f"{path}: format {header['format']}", allowed=f"format {FORMAT}", action="use the version that wrote it"
             )
+        keys: dict[str, list[str]] = {}
+        for key in file.keys():  # noqa: SIM118  (not a dict)
+            keys.setdefault(key.split(":", 1)[1], []).append(key)
         for name, entry in header["shards"].items():
-            piece = _Piece(entry["start"], entry["stop"], file, entry["scalars"], tuple(entry["shape"]))
-            pieces.setdefault(name, []).append(piece)
+            shape = tuple(entry["shape"])
+            piece = _Piece(entry["start"], entry["stop"], file, keys.get(name, []), entry["scalars"], shape)
+            pieces.setdefault(name.removesuffix(STATE_ALONE), []).append(piece)
     return pieces
 
 
@@ -174,21 +190,22 @@ def _fill(folder: Path, slot: ShardSlot, pieces: list[_Piece], state: dict[str, 
             allowed="equal shapes",
             action=_ACTION,
         )
-    for key, scalar in pieces[0].scalars.items():
-        dtype = getattr(torch, scalar["dtype"]) if scalar["dtype"] else None
-        state[key] = torch.tensor(scalar["value"], dtype=dtype) if dtype else scalar["value"]
+    for piece in pieces if slot.holds_state else []:
+        for key, scalar in piece.scalars.items():
+            dtype = getattr(torch, scalar["dtype"]) if scalar["dtype"] else None
+            state[key] = torch.tensor(scalar["value"], dtype=dtype) if dtype else scalar["value"]
     for piece in pieces:
         start, stop = max(piece.start, shard.start), min(piece.stop, shard.stop)
         if start >= stop:
             continue
-        covered += stop - start
-        for key in piece.file.keys():  # noqa: SIM118  (not a dict)
-            kind, name = key.split(":", 1)
-            if name != shard.name:
+        for key in piece.keys:
+            kind = key.split(":", 1)[0]
+            if not (slot.holds_value if kind == VALUE else slot.holds_state):
                 continue
+            covered += stop - start if kind == VALUE else 0
             part = piece.file.get_slice(key)[start - piece.start : stop - piece.start]
             _target(slot, kind, state).narrow(0, start - shard.start, stop - start).copy_(part)
-    if covered != shard.num_elements:
+    if slot.holds_value and covered != shard.num_elements:
         raise CheckpointError(
             f"{folder}: {covered} of {shard.num_elements} elements of {shard.name} [{shard.start}:{shard.stop}] are there",
             allowed="every element exactly once",

@@ -77,7 +77,7 @@ class ZeroShards:
                 value=place.flat.detach().view(-1).narrow(0, place.offset, place.num_elements),
                 gradient=self._gradient(name, place) if with_gradients else None,
             )
-            slots.append(ShardSlot(shard, place.flat, place.offset))
+            slots.append(ShardSlot(shard, place.flat, place.offset, self.optimizer.state))
         return slots
 
     def set_norm(self, norm: float) -> None:
@@ -170,8 +170,10 @@ class ZeroShards:
         if self._stage == 3:
             return self._place_of_stage_3(name, parameter)
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-        if mapping is None:
-            return _Place(next(iter(self._zero.single_partition_of_fp32_groups)), 0, 0, 0, -1, -1)
+        if mapping is None:  # this rank owns nothing of it
+            groups = self._zero.bit16_groups
+            group = next(i for i, members in enumerate(groups) if any(p is parameter for p in members))
+            return _Place(self._zero.single_partition_of_fp32_groups[group], 0, 0, 0, group, -1)
         where, source = mapping.hp_fragment_address, mapping.lp_fragment_address
         group = mapping.param_group_index
         flat = self._zero.single_partition_of_fp32_groups[group]
