@@ -13,6 +13,7 @@ from hsmn_dist.data.preprocessors.all import get_preprocessor
 from hsmn_dist.data.preprocessors.base import Row, SkipCounter
 from hsmn_dist.evaluation.metrics import average_precision
 from hsmn_dist.evaluation.runner import evaluate_task
+from tests.support.byte_models import byte_text_model
 from tests.support.shared import shared_data
 from tests.support.text_models import OracleTextModel, UniformTextModel
 
@@ -82,6 +83,22 @@ def test_the_oracle_scores_one_and_a_model_that_knows_nothing_scores_chance(name
     # Random letters share some n-grams with any text, so chrF is a little above 0.
     slack = 0.1 if KIND_OF_DATASET[name] in ("free_text", "dialogue") else 1e-9
     assert low - slack <= chance(examples) <= high + slack
+
+
+@pytest.fixture(scope="module")
+def tiny_model():
+    return byte_text_model("hope", max_context_tokens=96, max_target_tokens=48)
+
+
+@pytest.mark.parametrize("name", sorted(KIND_OF_DATASET))
+def test_a_tiny_model_with_a_real_tokenizer_is_scored_on_every_dataset(name, tiny_model):
+    examples = examples_of(name)[:2]
+    settings = EvaluationConfig(num_examples=2, num_loss_examples=2, max_new_tokens=3, bootstrap_samples=10)
+    result = evaluate_task(tiny_model, name, examples, settings)
+    assert result.status == ("not measured" if KIND_OF_DATASET[name] == "code" else "measured")
+    assert result.score is None or 0.0 <= result.score <= 1.0
+    assert 3.0 < result.nll_per_token < 20.0, "weights that were never trained are near ln 260 = 5.6, or worse"
+    assert result.conditions["max_new_tokens"] == 3
 
 
 def worst(result) -> list[str]:

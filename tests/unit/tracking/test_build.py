@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -45,6 +47,24 @@ def test_training_goes_on_when_the_server_cannot_be_reached(tmp_path):
         "experiment": "hsmn_dist",
         "tags": {"family": "hsmn"},
     }
+
+
+def test_a_server_that_accepts_and_never_answers_costs_the_time_out_of_finish_alone(tmp_path):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        run = TrackedRun(tmp_path, tmp_path / "r1", "r1")
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        tracker = build_tracker(TrackingConfig(uri=uri, flush_seconds=0.05, finish_timeout_seconds=0.5), run)
+        began = time.perf_counter()
+        for step in range(200):
+            tracker.log_metrics({"run/tokens_count": float(step)}, step)
+        logged = time.perf_counter()
+        tracker.finish("finished")
+        assert time.perf_counter() - logged < 5.0
+    # 200 lines take milliseconds; the bound leaves room for a busy machine and none for one network time-out of 3 s.
+    assert logged - began < 2.5
+    assert len(read_series(tmp_path / "r1" / "metrics.jsonl")["run/tokens_count"]) == 200
 
 
 def test_default_places_are_in_the_run_root(tmp_path):
