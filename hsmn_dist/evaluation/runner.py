@@ -116,12 +116,13 @@ def _assemble(
         if is_mixed and part.values:
             extra[f"{kind}.{part.metric}"] = metrics.mean(part.values)
     measured = [values[index] for index in sorted(values)]
-    interval, method = _interval(measured, settings)
+    metric = "mean_of_kinds" if is_mixed else next(iter(parts.values())).metric
+    interval, method = _interval(measured, metric, settings)
     reasons = [f"{kind}: {part.reason}" for kind, part in parts.items() if part.reason]
     return TaskResult(
         task=task,
         kind="mixed" if is_mixed else next(iter(parts)),
-        metric="mean_of_kinds" if is_mixed else next(iter(parts.values())).metric,
+        metric=metric,
         status="measured" if measured else "not measured",
         score=metrics.mean(measured) if measured else None,
         nll_per_token=loss["nll_per_token"],
@@ -138,10 +139,14 @@ def _assemble(
     )
 
 
-def _interval(values: list[float], settings: EvaluationConfig) -> tuple[tuple[float, float] | None, str]:
+FRACTIONAL_METRICS = ("chrf", "map", "mean_of_kinds")
+"""Scores of an example that may lie anywhere between 0 and 1, even where all of them happen to be 0."""
+
+
+def _interval(values: list[float], metric: str, settings: EvaluationConfig) -> tuple[tuple[float, float] | None, str]:
     if not values or settings.bootstrap_samples == 0:
         return None, ""
-    if all(value in (0.0, 1.0) for value in values):
+    if metric not in FRACTIONAL_METRICS and all(value in (0.0, 1.0) for value in values):
         # The bootstrap of 0 right out of 32 would be [0, 0].
         return metrics.wilson_interval(sum(values), len(values)), "wilson"
     return metrics.bootstrap_interval(values, settings.bootstrap_samples, settings.seed), "bootstrap"

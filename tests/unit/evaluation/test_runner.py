@@ -171,6 +171,9 @@ def test_intervals_are_wilson_for_right_or_wrong_and_bootstrap_for_fractions():
     assert none_right.interval_method == "wilson"
     assert none_right.interval[0] == 0.0
     assert none_right.interval[1] > 0.2, "0 of 8 does not prove 0"
+    texts = [example("free_text", i, target="some words") for i in range(3)]
+    unlike = evaluate_task(TableModel(texts={f"context {i}": "qqq" for i in range(3)}), "t", texts, SETTINGS)
+    assert (unlike.score, unlike.interval_method, unlike.interval) == (0.0, "bootstrap", (0.0, 0.0))
     choices = [
         example("multiple_choice", i, meta={"choices": ["ab", "cd"] + ["ef"] * (i % 2), "gold": 0}) for i in range(8)
     ]
