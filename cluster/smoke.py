@@ -162,9 +162,7 @@ def measure_storage(nodes: list[dict[str, Any]], folder: str, num_bytes: int, re
 def measure_all_reduce(nodes: list[dict[str, Any]], num_bytes: int, report: Report) -> None:
     """One ring over all GPUs; over one CPU rank per node where there are none."""
     kind = "gpu" if any(node["Resources"].get("GPU") for node in nodes) else "cpu"
-    places = [
-        node for node in nodes for _ in range(int(node["Resources"].get("GPU", 0)) if kind == "gpu" else 1)
-    ]
+    places = [node for node in nodes for _ in range(int(node["Resources"].get("GPU", 0)) if kind == "gpu" else 1)]
     if len(places) < 2:
         report.values["all_reduce/ranks"] = len(places)
         return
