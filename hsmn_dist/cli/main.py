@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("generate", "Write text with a trained model."),
     "scorecard": ("scorecard", "Rebuild, print and compare scorecards."),
     "runs": ("runs", "List runs, show one, say why one failed."),
+    "study": ("study", "Every method with every seed on one curriculum, and one report."),
     "data": ("data", "List the known datasets, show one, check prepared shards."),
     "plan": ("plan", "Memory, hours and cost of a run on given machines."),
     "verify": ("verify", "Check a model's invariants on any weights, on a CPU."),

@@ -190,3 +190,26 @@ def recall_figure(result: RecallResult, path: Path) -> Path:
     figure.suptitle(f"recall, {result.settings['kind']}, {result.settings['num_trials']} questions a cell", fontsize=10)
     figure.colorbar(image, ax=figure.axes, label="share of questions", fraction=0.05)
     return _save(figure, path)
+
+
+def study_figure(variants: Mapping[str, tuple[Sequence[float], Sequence[float] | None]], path: Path) -> Path:
+    """Methods side by side: end loss and forgetting; the bar is the mean over seeds, each dot a seed.
+
+    Args:
+        variants: method -> (end losses by seed, forgetting by seed or None), in nats per target token.
+        path: where the PNG goes.
+    """
+    figure = _new_figure(11.0, 0.4 * len(variants) + 2.0)
+    titles = ("loss of all tasks at the end (nats)", "forgetting (nats)")
+    for place, title in enumerate(titles):
+        axes = figure.add_subplot(1, 2, place + 1)
+        for row, numbers in enumerate(variants.values()):
+            values = numbers[place]
+            if values:
+                axes.barh(row, sum(values) / len(values), color=f"C{row}", alpha=0.5)
+                axes.plot(values, [row] * len(values), "o", color=f"C{row}", markersize=4)
+        axes.set_yticks(range(len(variants)), list(variants), fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3, axis="x")
+    return _save(figure, path)

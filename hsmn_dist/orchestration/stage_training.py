@@ -28,6 +28,7 @@ from hsmn_dist.orchestration.run_folder import StageFolder
 from hsmn_dist.orchestration.stage import StageSpec, training_stages
 from hsmn_dist.tracking import metric_names
 from hsmn_dist.tracking.build import TrackedRun, build_tracker
+from hsmn_dist.tracking.jsonl_tracker import read_series
 from hsmn_dist.tracking.tracker import FinishStatus, Tracker
 from hsmn_dist.training.build import build_engine
 from hsmn_dist.training.checkpoint import Checkpointer
@@ -69,6 +70,7 @@ class StageTraining:
             summary = self._summary(engine, result)
             summary["fisher"] = self._remember(engine, memory, tracker)
             self._export(engine, result)
+            self._draw(tracker)
             status = "finished"
         finally:
             tracker.finish(status if not self._context.wants_to_stop() else "preempted")
@@ -241,6 +243,20 @@ class StageTraining:
         if self._context.world.is_first:
             shutil.copyfile(self._context.prepared["tokenizer"], self._folder.weights / TOKENIZER_NAME)
         barrier()
+
+    def _draw(self, tracker: Tracker) -> None:
+        """Losses and gradient norms of the stage, as pictures beside its metrics. Rank 0 alone."""
+        if not self._context.world.is_first:
+            return
+        from hsmn_dist.evaluation.figures import gradient_figure, loss_figure  # matplotlib takes a second to import
+
+        series, folder = read_series(self._folder.metrics), self._folder.path / "figures"
+        folder.mkdir(exist_ok=True)
+        for picture in (
+            loss_figure({self._spec.name: series}, folder / "losses.png"),
+            gradient_figure(series, folder / "gradient_norms.png"),
+        ):
+            tracker.log_figure(picture)
 
     def _summary(self, engine: Engine, result: TrainResult) -> dict[str, Any]:
         shapes = {shard.name: shard.shape for shard in engine.param_shards(with_gradients=False)}

@@ -69,6 +69,24 @@ def test_ray_and_torchrun_give_the_same_losses_and_weights_bit_for_bit(workplace
     assert losses(folder) == losses(local_run)
     assert final_weights(folder) == final_weights(local_run)
     assert "mlflow ui" in done.output
+    check_mlflow(root, folder.run_id)
+
+
+def check_mlflow(root: Path, run_id: str) -> None:
+    """One parent and three children, each with metrics and figures."""
+    mlflow = pytest.importorskip("mlflow")
+    client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("hsmn_dist")
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.info.run_name for run in parents] == [run_id]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    assert len(children) == 3
+    for run in [*parents, *children]:
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics
+        assert client.list_artifacts(run.info.run_id, "figures")
+    assert all("train/loss_nats" in run.data.metrics for run in children)
 
 
 def wait_for(condition: object, seconds: float, what: str) -> None:
