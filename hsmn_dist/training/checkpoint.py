@@ -220,6 +220,7 @@ class Checkpointer:
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose every file has its hash; damaged ones are named in the log."""
+        self.wait()
         for path in broadcast_object(self._complete(STEP_PREFIX)):
             if self._is_sound(path):
                 return path

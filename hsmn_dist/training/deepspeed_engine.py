@@ -33,6 +33,7 @@ from hsmn_dist.training.gradient_norms import gradient_norms
 from hsmn_dist.training.losses import NllModule, tensors_of
 from hsmn_dist.training.owned_matrices import OwnedMatrixOptimizer
 from hsmn_dist.training.shard_files import ShardSlot, read_into, snapshot, write_snapshot
+from hsmn_dist.training.stragglers import ForwardTimer
 from hsmn_dist.training.whole_weights import gather_weights, scatter_weights
 from hsmn_dist.training.zero_shards import ModelFacts, ZeroShards
 
@@ -52,6 +53,7 @@ class DeepSpeedEngine:
         _start_deepspeed(world)
         self.module = model
         self._device = world.device
+        self.forward_timer = ForwardTimer(world.device)
         self._world_size, self._rank = world.world_size, world.rank
         self._stage = training.zero_stage
         self._max_norm = training.max_gradient_norm
@@ -104,7 +106,8 @@ class DeepSpeedEngine:
         self._engine.train()
         self._nll.target_loss = target_loss
         self._engine.set_gradient_accumulation_boundary(self._index == self._num_micro_batches - 1)
-        nll = self._engine(*tensors_of(batch.to(self._device)))
+        with self.forward_timer:
+            nll = self._engine(*tensors_of(batch.to(self._device)))
         self._engine.backward(nll * (self._world_size / global_target_tokens), scale_wrt_gas=False)
         self._index += 1
         return nll.detach()  # type: ignore[no-any-return]
@@ -150,6 +153,10 @@ class DeepSpeedEngine:
         self._engine.eval()
         self._nll.target_loss = cross_entropy
         return self._nll(*tensors_of(batch.to(self._device))), batch.loss_mask.sum().to(self._device)
+
+    def model_health(self) -> dict[str, float]:
+        """See Engine."""
+        return {name: float(value) for name, value in self._nll.health.items()}
 
     def nll(self, batch: ModelInput, target_loss: TargetLoss = cross_entropy) -> Tensor:
         """See Engine."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hsmn_dist.distributed.shards import ParamShard
 from hsmn_dist.models.contract import LanguageModel, ModelInput, TargetLoss, cross_entropy
+from hsmn_dist.training.stragglers import ForwardTimer
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Engine(Protocol):
     """One rank's view of a model in training. Every method is collective: all ranks call it in the same order."""
 
     module: LanguageModel
+    forward_timer: ForwardTimer
     num_shard_copies: int
     """How many ranks hold each shard: 1, or the number of ranks where nothing is sharded (ZeRO stage 0)."""
 
@@ -64,6 +66,10 @@ class Engine(Protocol):
 
     def evaluate(self, batch: ModelInput) -> tuple[Tensor, Tensor]:
         """Without gradients, dropout off: (sum of nll, number of scored tokens) of this rank's batch."""
+        ...
+
+    def model_health(self) -> dict[str, float]:
+        """Named scalars that the model gave with this rank's last micro-batch; not collective."""
         ...
 
     def nll(self, batch: ModelInput, target_loss: TargetLoss = cross_entropy) -> Tensor:

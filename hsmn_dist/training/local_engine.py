@@ -23,6 +23,7 @@ from hsmn_dist.training.engine import StepStats
 from hsmn_dist.training.gradient_norms import gradient_norms
 from hsmn_dist.training.losses import NllModule, tensors_of
 from hsmn_dist.training.shard_files import ShardSlot, read_into, snapshot, write_snapshot
+from hsmn_dist.training.stragglers import ForwardTimer
 from hsmn_dist.training.whole_weights import gather_weights, scatter_weights
 
 
@@ -48,6 +49,7 @@ class LocalEngine:
         roles, self._components = model.parameter_roles(), model.parameter_components()
         self._max_norm = training.max_gradient_norm
         self._device = world.device
+        self.forward_timer = ForwardTimer(world.device)
         self.module = model.to(world.device)
         masters = {name: p for name, p in model.named_parameters()}
         self._trainable = [name for name, p in masters.items() if p.requires_grad]
@@ -71,7 +73,8 @@ class LocalEngine:
         """See Engine."""
         self.module.train()
         self._nll.target_loss = target_loss
-        nll = self._nll(*tensors_of(batch.to(self._device)))
+        with self.forward_timer:
+            nll = self._nll(*tensors_of(batch.to(self._device)))
         (nll / global_target_tokens).backward()
         self._has_gradients = True
         return nll.detach()  # type: ignore[no-any-return]
@@ -121,6 +124,10 @@ class LocalEngine:
         self.module.eval()
         self._nll.target_loss = cross_entropy
         return self._nll(*tensors_of(batch.to(self._device))), batch.loss_mask.sum()
+
+    def model_health(self) -> dict[str, float]:
+        """See Engine."""
+        return {name: float(value) for name, value in self._nll.health.items()}
 
     def nll(self, batch: ModelInput, target_loss: TargetLoss = cross_entropy) -> Tensor:
         """See Engine."""

@@ -25,15 +25,19 @@ from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.errors import Preempted
 from hsmn_dist.foundation.log import logger
 from hsmn_dist.models.contract import ModelInput
+from hsmn_dist.models.hope.memory_health import dead_levels
 from hsmn_dist.tracking import metric_names as names
 from hsmn_dist.training.checkpoint import Checkpointer, TrainState
 from hsmn_dist.training.engine import Engine, StepStats
 from hsmn_dist.training.meters import StepMeter
+from hsmn_dist.training.stragglers import report_straggler
 from hsmn_dist.training.trouble import Verdict, check_budget, judge
 
 log = logger(__name__)
 
 Batch = Mapping[str, Tensor]
+HEALTH_POINTS = 64
+"""Logged steps that are looked at for memory levels that never learn."""
 
 
 class Stream(Protocol):
@@ -144,6 +148,7 @@ class TrainResult:
         num_tokens, num_examples: trained on, all ranks together.
         num_skipped_steps, num_rollbacks: see `training.on_non_finite`.
         seconds: of this process, since it began or resumed.
+        dead_memory_levels: memory levels that the last logged steps never saw learning (rank 0's batches).
     """
 
     num_steps: int
@@ -158,6 +163,7 @@ class TrainResult:
     num_rollbacks: int
     seconds: float
     validations: list[tuple[int, float]] = field(default_factory=list)
+    dead_memory_levels: list[str] = field(default_factory=list)
 
 
 def train(parts: TrainParts) -> TrainResult:
@@ -187,6 +193,7 @@ class _Stage:
         self._training = parts.training
         self._meter = StepMeter(parts.world.device)
         self._started = time.monotonic()
+        self._health: list[dict[str, float]] = []
         restored = parts.checkpointer.restore(parts.engine)
         self._state = restored or TrainState()
         if parts.mask is not None:
@@ -372,6 +379,11 @@ class _Stage:
         }
         values |= {names.gradient_norm_of(part): norm for part, norm in stats.component_norms.items()}
         values |= self._parts.mask.metrics() if self._parts.mask is not None else {}
+        straggler = report_straggler(self._engine.forward_timer.take(), step)
+        values |= {names.PERF_SLOWEST_RANK: float(straggler.rank), names.PERF_STRAGGLER_RATIO: straggler.ratio}
+        health = self._engine.model_health()
+        self._health = [*self._health, health][-HEALTH_POINTS:]
+        values |= health
         self._parts.tracker.log_metrics({**values, **self._meter.take()}, step)
 
     def _leave(self) -> None:
@@ -385,6 +397,8 @@ class _Stage:
 
     def _finish(self) -> TrainResult:
         state = self._state
+        if dead := dead_levels(self._health):
+            log.warning("memory levels that never learned in the last %d logged steps: %s", len(self._health), dead)
         self._parts.checkpointer.wait()
         assert state.best_loss is not None
         if state.best_step != state.step and not self._parts.checkpointer.restore_best(self._engine, state):
@@ -402,6 +416,7 @@ class _Stage:
             num_rollbacks=state.num_rollbacks,
             seconds=time.monotonic() - self._started,
             validations=list(state.validations),
+            dead_memory_levels=dead,
         )
 
 

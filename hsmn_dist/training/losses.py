@@ -13,12 +13,16 @@ from hsmn_dist.models.contract import LanguageModel, ModelInput, TargetLoss, cro
 
 
 class NllModule(nn.Module):
-    """A language model that returns the sum of its losses over the scored target tokens of a micro-batch."""
+    """A language model that returns the sum of its losses over the scored target tokens of a micro-batch.
+
+    `health` holds the named scalars that the last forward pass gave beside it.
+    """
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.model = model
         self.target_loss: TargetLoss = cross_entropy
+        self.health: dict[str, Tensor] = {}
 
     def forward(
         self,
@@ -32,6 +36,7 @@ class NllModule(nn.Module):
         inputs = ModelInput(context_ids, context_mask, target_ids, loss_mask, segment_ids)
         output = self.model.forward(inputs, target_loss=self.target_loss)
         assert output.nll is not None, "a model that is given a target_loss returns losses"
+        self.health = output.aux
         return output.nll.sum()
 
 

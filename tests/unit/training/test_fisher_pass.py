@@ -91,7 +91,8 @@ def stopping(batches, after: int):
 def test_an_interrupted_pass_resumes_to_the_same_bits(engine, estimator: str, tmp_path: Path) -> None:
     batch = examples(10)
     config = FisherConfig(estimator=estimator, micro_batch_examples=2, num_groups=3, save_every_batches=2)
-    whole = run_fisher(engine, dealt(batch, 2), config, WORLD, 10)
+    whole = run_fisher(engine, dealt(batch, 2), config, WORLD, 10, resume_folder=tmp_path / "undisturbed")
+    tmp_path = tmp_path / "disturbed"
     with pytest.raises(Interrupted):
         run_fisher(engine, stopping(dealt(batch, 2), 4), config, WORLD, 10, resume_folder=tmp_path)
     calls: list[int] = []
