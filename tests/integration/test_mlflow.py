@@ -159,8 +159,10 @@ def mlflow_server(folder: Path, port: int):
     """A server of its own; killed with SIGKILL at the end, its workers too (own process group)."""
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "art")]
+    # Its job runners would be four more processes that import MLflow.
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with (folder / "server.log").open("a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder, env=environment)
     try:
         deadline = time.monotonic() + 240  # 17 s on a quiet machine
         while time.monotonic() < deadline and process.poll() is None:
