@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hsmn_dist.continual.gradient_rules import Contribution, Dense, Outer, Scatter
 
-_CPU_BLOCK_ENTRIES = 1 << 16
+_CPU_BLOCK_ENTRIES = 1 << 18
 _GPU_BLOCK_ENTRIES = 1 << 26
 
 
