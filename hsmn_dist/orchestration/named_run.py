@@ -76,22 +76,23 @@ def ensure_run(
         StageFailed, Preempted: it stopped, here or in the process that was followed.
     """
     watcher = Watcher(named.lease, stale_seconds)
-    told = False
+    follows = False
     while True:
+        if follows and not named.lease.exists():
+            _raise_for_end(named)
         holder = try_acquire(named.lease)
         if holder is not None:
             with held_lease(named.lease, holder, min(stale_seconds / 4, 5.0)):
                 return _drive(named, config, drive, say)
-        if not told:
+        if not follows:
             other = read_holder(named.lease)
             where = f"process {other.pid} on {other.host}" if other else "another process"
             say(f"{named.name} is driven by {where}; following it")
-            told = True
+            follows = True
         if watcher.is_stale() and watcher.clear():
             say("its driver fell silent; taking over")
+            follows = False
             continue
-        if not named.lease.exists():
-            _raise_for_end(named)
         time.sleep(min(POLL_SECONDS, stale_seconds / 4))
 
 

@@ -156,13 +156,19 @@ trap ask TERM USR1
 trap clean EXIT
 
 # On a node: Ray in a session of its own. TERM goes to all of a job at once; Ray must outlive the driver's checkpoint, so only USR2,
-# which `clean` sends, ends it.
+# which `clean` sends, ends it. A worker that is faster than a slow head, or whose Ray died, tries again.
 node_script='mkdir -p "$RAY_TMPDIR"
+child="" stopped=""
+stop() { stopped=1; kill -TERM "$child"; }
 trap : TERM USR1
-setsid "$@" &
-child=$!
-trap "kill -TERM $child" USR2
-while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+trap stop USR2
+for _ in 1 2 3 4 5; do
+  setsid "$@" &
+  child=$!
+  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+  if [ -n "$stopped" ]; then break; fi
+  sleep 3
+done
 rm -rf "$RAY_TMPDIR"'
 
 ray_node() { # index host arguments...
