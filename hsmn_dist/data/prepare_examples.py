@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -65,7 +65,7 @@ def run_examples_task(task: ExamplesTask, report: Callable[[int], None] | None =
         for example in examples:
             split = "test" if only_test else split_of(example.group, task.data.split, task.data.split_seed)
             try:
-                line = json.dumps({"split": split, "example": asdict(example)}, ensure_ascii=False)
+                line = json.dumps({"split": split, "example": vars(example)}, ensure_ascii=False)
                 line.encode("utf-8")
             except UnicodeEncodeError:
                 skipped.count("text that is no Unicode (a lone surrogate)", example.id)

@@ -12,13 +12,13 @@ token type. Source of the header layout: POSIX.1-1988 ustar, as written by the s
 from __future__ import annotations
 
 import struct
-import tarfile
 import zlib
 from typing import TypeVar
 
 import numpy as np
 
 BLOCK_BYTES = 512
+_NAME_BYTES = 100
 END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
 EXAMPLE_SUFFIX = "json"
 TOKENS_SUFFIX = "tok"
@@ -34,14 +34,26 @@ def padded(num_bytes: Size) -> Size:
     return (num_bytes + BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES
 
 
+def header(name: str, num_bytes: int) -> bytes:
+    """The 512-byte ustar header of a plain file: fields of fixed width in octal, and a checksum over the header itself.
+
+    Time, owner and mode are constants, so equal input gives equal bytes, whatever the Python version (the standard
+    library's fields for device numbers were once filled and are now empty).
+    """
+    encoded = name.encode("ascii")
+    if len(encoded) > _NAME_BYTES:
+        raise ValueError(f"member name {name!r} has more than {_NAME_BYTES} bytes")
+    start = (
+        encoded.ljust(_NAME_BYTES, b"\0") + b"0000444\0" + b"0000000\0" * 2 + b"%011o\0" % num_bytes + b"0" * 11 + b"\0"
+    )
+    rest = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + bytes(16) + bytes(167)
+    checksum_field = b"%06o\0 " % (sum(start) + 8 * ord(" ") + sum(rest))  # counted as if it were eight blanks
+    return start + checksum_field + rest
+
+
 def member(name: str, payload: bytes) -> bytes:
-    """One tar member: header, payload, padding. Time, owner and mode are constants, so equal input gives equal bytes."""
-    info = tarfile.TarInfo(name)
-    info.size = len(payload)
-    info.mode = 0o444
-    info.mtime = 0
-    header = info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
-    return header + payload + bytes(padded(len(payload)) - len(payload))
+    """One tar member: header, payload, padding."""
+    return header(name, len(payload)) + payload + bytes(padded(len(payload)) - len(payload))
 
 
 def example_span(offset: Size, example_bytes: Size) -> tuple[Size, Size]:

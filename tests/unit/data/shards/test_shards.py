@@ -25,7 +25,7 @@ from hsmn_dist.data.shards.reader import (
     read_examples,
     verify_folder,
 )
-from hsmn_dist.data.shards.tar_layout import member, pack_tokens, padded, token_dtype, unpack_tokens
+from hsmn_dist.data.shards.tar_layout import header, member, pack_tokens, padded, token_dtype, unpack_tokens
 from hsmn_dist.data.shards.writer import ShardWriter
 from hsmn_dist.data.tokenizer import ByteTokenizer
 from hsmn_dist.foundation.errors import DataError
@@ -80,6 +80,18 @@ def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
     first, second = write_folder(tmp_path / "a", 20), write_folder(tmp_path / "b", 20)
     for path in sorted(first.iterdir()):
         assert path.read_bytes() == (second / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(("name", "size"), [("a.json", 0), ("train-00000-0000001.tok", 777), ("n" * 100, 8**11 - 1)])
+def test_a_header_is_the_standard_librarys_byte_for_byte(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o444
+    assert header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_a_name_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="100 bytes"):
+        header("n" * 101, 0)
 
 
 def test_a_member_is_what_the_standard_library_writes(tmp_path: Path) -> None:
