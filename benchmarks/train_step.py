@@ -99,7 +99,9 @@ def hsmn_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             n for n in arguments.contenders if n != "dense_encoder_decoder" or num_context <= arguments.dense_limit
         ]
         built = {name: HSMN_CONTENDERS[name](num_context) for name in names}
-        times = measuring.interleaved({name: step for name, (step, _) in built.items()}, arguments.repeats)
+        times = measuring.interleaved(
+            {name: step for name, (step, _) in built.items()}, arguments.repeats, arguments.warmups
+        )
         dense = times.get("dense_encoder_decoder", {}).get("cpu_seconds")
         for name in names:
             row: dict[str, Any] = {"model": name, "context": num_context, "parameters": built[name][1], **times[name]}
@@ -118,6 +120,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=list(HSMN_CONTENDERS), default=list(HSMN_CONTENDERS))
     parser.add_argument("--dense-limit", type=int, default=8192, help="longest context of the dense model")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warmups", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, each in a child process")
     parser.add_argument("--json", action="store_true")
