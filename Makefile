@@ -44,7 +44,7 @@ test-slow: $(STAMP) ## tests that take longer than a minute
 	$(PYTEST) -m "slow and not gpu and not multi_gpu and not network" tests
 
 chaos: $(STAMP) ## faults injected into a real run, final weights compared bit for bit
-	$(PYTEST) -m "not gpu" tests/integration -k "killed or chaos or preempt" -v
+	$(PYTEST) -m "not gpu" tests/integration -k "killed or chaos or terminated" -v
 
 format: $(STAMP) ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .

@@ -124,41 +124,39 @@ def kill_everything(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def test_a_run_killed_in_stage_two_resumes_to_the_same_weights(workplace: Path, local_run: RunFolder) -> None:
-    words = settings("name=undisturbed", "run_root=killed_runs")
-    process = subprocess.Popen(
-        command_line("run", str(DEMO["hsmn"]), "--launcher", "local", *words),
-        cwd=workplace,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    root = workplace / "killed_runs"
-    try:
-        checkpoints = "*/stages/01_stdlib_code/checkpoints/step_*"
-        wait_for(lambda: list(root.glob(checkpoints)), 200, "a checkpoint of stage 2")
-    finally:
-        kill_everything(process)
-    folder = only_run(root)
-    assert not folder.stage(1, "stdlib_code").is_complete, "the kill came too late to test anything"
-    done = run_command(
-        "run", "--resume", folder.run_id, "--launcher", "local", "--run-root", str(root), folder=workplace
-    )
-    assert done.status == 0, done.errors
-    assert final_weights(folder) == final_weights(local_run)
-    assert losses(folder) == losses(local_run)
-
-
-def test_terminated_run_is_preempted_and_resumes(workplace: Path, local_run: RunFolder) -> None:
-    words = settings("name=undisturbed", "run_root=preempted_runs")
-    process = subprocess.Popen(
+def start_run(workplace: Path, root: str) -> subprocess.Popen[bytes]:
+    """The undisturbed run's twin, in the background, in a run root of its own."""
+    words = settings("name=undisturbed", f"run_root={root}")
+    return subprocess.Popen(
         command_line("run", str(DEMO["hsmn"]), "--launcher", "local", *words),
         cwd=workplace,
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    root = workplace / "preempted_runs"
+
+
+def resume(workplace: Path, root: Path) -> RunFolder:
+    """Take up the newest run of a root and wait for its end."""
+    done = run_command("run", "--resume", "latest", "--launcher", "local", "--run-root", str(root), folder=workplace)
+    assert done.status == 0, done.errors
+    return only_run(root)
+
+
+def test_a_run_killed_in_stage_two_resumes_to_the_same_weights(workplace: Path, local_run: RunFolder) -> None:
+    process, root = start_run(workplace, "killed_runs"), workplace / "killed_runs"
+    try:
+        wait_for(lambda: list(root.glob("*/stages/01_stdlib_code/checkpoints/step_*")), 200, "a checkpoint of stage 2")
+    finally:
+        kill_everything(process)
+    assert not only_run(root).stage(1, "stdlib_code").is_complete, "the kill came too late to test anything"
+    folder = resume(workplace, root)
+    assert final_weights(folder) == final_weights(local_run)
+    assert losses(folder) == losses(local_run)
+
+
+def test_a_terminated_run_leaves_with_code_75_and_resumes(workplace: Path, local_run: RunFolder) -> None:
+    process, root = start_run(workplace, "preempted_runs"), workplace / "preempted_runs"
     try:
         wait_for(lambda: list(root.glob("*/stages/00_word_problems/metrics.jsonl")), 200, "the first step")
         process.send_signal(signal.SIGTERM)
@@ -167,11 +165,8 @@ def test_terminated_run_is_preempted_and_resumes(workplace: Path, local_run: Run
     finally:
         kill_everything(process)
     assert process.returncode == 75, errors.decode()
-    folder = only_run(root)
-    assert run_status(read_events(folder.journal)) == "preempted"
-    done = run_command("run", "--resume", "latest", "--launcher", "local", "--run-root", str(root), folder=workplace)
-    assert done.status == 0, done.errors
-    assert final_weights(folder) == final_weights(local_run)
+    assert run_status(read_events(only_run(root).journal)) == "preempted"
+    assert final_weights(resume(workplace, root)) == final_weights(local_run)
 
 
 def test_hope_runs_on_one_rank_with_the_local_engine(workplace: Path) -> None:
