@@ -161,3 +161,21 @@ def test_bad_sizes_are_refused():
     layer, x = _layer()
     with pytest.raises(ModelError):
         layer(x, layer(x[:1])[1])
+
+
+@pytest.mark.parametrize("after", [True, False])
+@pytest.mark.parametrize("corrects", [True, False])
+def test_carrying_slow_modules_alone_changes_nothing_beyond_the_last_bits(after, corrects):
+    torch.manual_seed(0)
+    layer = ContinuumMemory(8, 2, 5, chunk_size=64, reads_after_write=after, corrects_bias=corrects).double()
+    x = torch.randn(2, 301, 8, dtype=torch.float64, requires_grad=True)
+    reset = torch.zeros(2, 301, dtype=torch.bool)
+    reset[0, 130] = reset[1, 5] = reset[1, 66] = True
+    for given in (None, reset):
+        fast, full = (layer(x, None, given, returns_state=wanted)[0] for wanted in (False, True))
+        torch.testing.assert_close(fast, full, rtol=1e-12, atol=1e-14)
+        seeds = torch.randn_like(fast)
+        leaves = [x, *layer.parameters()]
+        found, expected = (torch.autograd.grad((y * seeds).sum(), leaves) for y in (fast, full))
+        for left, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-12)

@@ -121,19 +121,20 @@ class ChainMemory(nn.Module):
         placed = layout.placed(x[:, None])[:, 0]  # [B, S, D]
         values = self.value(placed) if self.learns_writes else placed.detach()
         before = x.new_zeros(batch, 1, x.shape[2]) if state is None else state.last[:, None].to(x.dtype)
-        shifted = torch.cat([before, placed], 1)
+        is_pair = self._pairs(layout, batch, state, offset, x.device)
         if state is not None and offset is not None:
             # The token before the first new one stands in the slot in front of it, wherever that is.
-            slot = offset[:, None, None].expand(-1, 1, x.shape[2])
-            shifted = shifted.scatter(1, slot, before)
-        is_pair = self._pairs(layout, batch, state, offset, x.device)
+            padded = torch.cat([before, placed], 1)
+            padded = padded.scatter(1, offset[:, None, None].expand(-1, 1, x.shape[2]), before)
+            before, placed = padded[:, :1], padded[:, 1:]
         outputs = []
-        for index in range(layout.num_chunks):
-            place = slice(index * layout.chunk_size, (index + 1) * layout.chunk_size)
+        # Split, not sliced: the backward pass of a slice fills the whole row with zeros, once a chunk.
+        pieces = zip(*(t.split(layout.chunk_size, 1) for t in (placed, values, is_pair)), strict=True)
+        for index, (piece, value, pair) in enumerate(pieces):
             walk.restart(layout, index)
-            steps = shifted[:, index * layout.chunk_size : (index + 1) * layout.chunk_size + 1]
             is_read_later = info.returns_state or index + 1 < layout.num_chunks
-            outputs.append(self._chunk(walk, steps, values[:, place], is_pair[:, place], is_read_later))
+            outputs.append(self._chunk(walk, torch.cat([before, piece], 1), value, pair, is_read_later))
+            before = piece[:, -1:]
             if is_read_later:
                 walk.advance(layout, index)
         y = layout.returned(torch.cat(outputs, 1)[:, None], tokens)[:, 0]

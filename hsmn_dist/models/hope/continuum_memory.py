@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hsmn_dist.foundation.errors import ModelError
-from hsmn_dist.models.hope.decayed_reads import ReadInputs, decayed_reads
+from hsmn_dist.models.hope.decayed_reads import ReadInputs, decayed_reads, reaches
 from hsmn_dist.models.hope.fast_state import FastState
 
 DEFAULT_CHUNK = 64
@@ -127,7 +127,18 @@ class ContinuumMemory(nn.Module):
         if self.corrects_bias and num_tokens is not None:
             gates = gates * self._bias_correction(num_tokens)[:, None].to(gates.dtype)
         segments = None if reset is None else reset.long().cumsum(1)
-        inputs = ReadInputs(query, key, value, gates, decays, 1.0 - decays, segments, valid, self.reads_after_write)
+        inputs = ReadInputs(
+            query,
+            key,
+            value,
+            gates,
+            decays,
+            1.0 - decays,
+            segments,
+            valid,
+            self.reads_after_write,
+            reaches(self.taus, decays.dtype),
+        )
         reads, memory = decayed_reads(inputs, None if state is None else state.memory, self.chunk_size, returns_state)
         y = self.output(reads.transpose(1, 2).reshape(batch, tokens, self.d_model))
         after = None if memory is None or num_tokens is None else ContinuumState(memory, num_tokens[:, -1])

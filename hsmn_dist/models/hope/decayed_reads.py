@@ -11,7 +11,8 @@ of retention (Sun et al. 2023, arXiv 2307.08621, section 2.3).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class ReadInputs:
         valid: [B, T] bool; tokens that are not valid neither write nor age the memory. They may stand at the right end
             only. None: all valid.
         reads_after_write: o_t sees token t's own write; False reads the memory as token t - 1 left it.
+        reaches: `reaches(decays, dtype)`, as plain integers; None treats every module as slow.
     """
 
     query: Tensor
@@ -43,6 +45,7 @@ class ReadInputs:
     segments: Tensor | None = None
     valid: Tensor | None = None
     reads_after_write: bool = True
+    reaches: tuple[int, ...] | None = None
 
 
 def decayed_reads(
@@ -61,11 +64,94 @@ def decayed_reads(
     layout = _layout(inputs, num_chunks, size)
     powers = _powers(inputs.decays, size)  # [M, C + 1]
     reads = _inner_reads(query, key, value, gains, inputs, layout, powers)
+    if memory is None and not returns_memory and num_chunks > 1:
+        return _training_reads(query, key, value, gains, inputs, layout, powers, reads)[:, :, :tokens], None
     if memory is not None or num_chunks > 1 or returns_memory:
         carried, memory = _carry(key, value, inputs, memory, layout, powers, returns_memory)
         if carried is not None:
             reads = reads + _outer_reads(query, gains, carried, inputs, layout, powers)
     return reads.flatten(2, 3)[:, :, :tokens], memory
+
+
+def _training_reads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gains: Tensor,
+    inputs: ReadInputs,
+    layout: _Layout,
+    powers: Tensor,
+    reads: Tensor,
+) -> Tensor:
+    """Reads of all chunks [B, H, T, J] when no memory comes or goes: only slow modules are carried as states.
+
+    A fast module has lost a write, to the last bit, after its reach; where that fits into a chunk, the few tokens it can
+    still see of the chunk before are read directly, and K x J states are kept for the slow modules alone.
+    """
+    size = query.shape[-2]
+    is_fast, window = _fast_modules(inputs.reaches or (2**31,) * len(inputs.decays), size)
+    slow = [m for m, fast in enumerate(is_fast) if not fast]
+    rest = reads[:, :, 1:]
+    if window:
+        fast = [m for m in range(len(is_fast)) if is_fast[m]]
+        first = _window_reads(query, key, value, gains[..., fast], inputs, powers[fast], inputs.scales[fast], window)
+        rest = torch.cat([rest[..., :window, :] + first, rest[..., window:, :]], -2)
+    if slow:
+        some = replace(inputs, decays=inputs.decays[slow], scales=inputs.scales[slow])
+        carried, _ = _carry(key, value, some, None, layout, powers[slow], False)
+        assert carried is not None
+        later = _Layout(layout.ages, layout.counts, None, None, None, None)
+        if layout.is_continued is not None:
+            later.is_continued = layout.is_continued[:, 1:]
+        rest = rest + _outer_reads(
+            query[:, :, 1:], gains[:, :, 1:, :, slow], carried[:, :, 1:], some, later, powers[slow]
+        )
+    return torch.cat([reads[:, :, :1], rest], 2).flatten(2, 3)
+
+
+def _fast_modules(reaches: tuple[int, ...], size: int) -> tuple[list[bool], int]:
+    """Which modules reach less than a chunk back, and the farthest reach among them."""
+    is_fast = [reach < size for reach in reaches]
+    return is_fast, max((reach for reach, fast in zip(reaches, is_fast, strict=True) if fast), default=0)
+
+
+def _window_reads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gains: Tensor,
+    inputs: ReadInputs,
+    powers: Tensor,
+    scales: Tensor,
+    window: int,
+) -> Tensor:
+    """Reads by the first `window` tokens of each chunk but the first, of the last `window` tokens of the chunk before."""
+    steps = torch.arange(window, device=query.device)
+    distance = steps[:, None] + window - steps[None, :] - (0 if inputs.reads_after_write else 1)
+    table = powers[:, distance.clamp(max=powers.shape[1] - 1)] * (distance < powers.shape[1]).to(powers.dtype)
+    table = table * scales[:, None, None]
+    mix = torch.einsum("bhnim,mij->bhnij", gains[:, :, 1:, :window], table.to(gains.dtype))
+    if inputs.segments is not None:
+        numbers = _chunk_numbers(inputs.segments, query.shape[2], query.shape[3])
+        mix = mix * (numbers[:, 1:, :window, None] == numbers[:, :-1, None, -window:])[:, None].to(mix.dtype)
+    scores = query[:, :, 1:, :window] @ key[:, :, :-1, -window:].mT
+    return (scores * mix.to(scores.dtype)) @ value[:, :, :-1, -window:]
+
+
+def _chunk_numbers(segments: Tensor, num_chunks: int, size: int) -> Tensor:
+    """Segment numbers by chunk [B, n, C]; the last one goes on at the ragged end."""
+    missing = num_chunks * size - segments.shape[1]
+    return torch.cat([segments, segments[:, -1:].expand(-1, missing)], 1).reshape(-1, num_chunks, size)
+
+
+def reaches(decays: list[float] | tuple[float, ...], dtype: torch.dtype) -> tuple[int, ...]:
+    """Tokens after which decay^n is below the last bit of `dtype` (2^31 for a memory that never fades)."""
+    smallest = math.log(torch.finfo(dtype).eps * 1e-2)
+    found = []
+    for decay in decays:
+        slow = decay >= 1.0
+        found.append(2**31 if slow else 1 if decay <= 0.0 else math.ceil(smallest / math.log(decay)) + 1)
+    return tuple(found)
 
 
 @dataclass
@@ -86,7 +172,8 @@ def _chunked(tensor: Tensor, num_chunks: int, size: int) -> Tensor:
     missing = num_chunks * size - tokens
     if missing:
         tensor = torch.nn.functional.pad(tensor, (0, 0, 0, missing))
-    return tensor.reshape(batch, heads, num_chunks, size, width)
+    # One copy here: every product would make its own otherwise.
+    return tensor.contiguous().reshape(batch, heads, num_chunks, size, width)
 
 
 def _layout(inputs: ReadInputs, num_chunks: int, size: int) -> _Layout:
@@ -105,7 +192,7 @@ def _layout(inputs: ReadInputs, num_chunks: int, size: int) -> _Layout:
     if inputs.valid is not None or missing:
         layout.is_written = valid.to(dtype)
     if inputs.segments is not None:
-        ids = torch.cat([inputs.segments, inputs.segments[:, -1:].expand(-1, missing)], 1).reshape(-1, *shape)
+        ids = _chunk_numbers(inputs.segments, num_chunks, size)
         # The last valid token's segment is what the chunk leaves behind; padding at the right end changes nothing.
         last = torch.where(valid, ids, torch.zeros_like(ids)).amax(-1).cummax(-1).values
         before = torch.cat([torch.zeros_like(last[:, :1]), last[:, :-1]], 1)
@@ -162,9 +249,8 @@ def _carry(
         scaled = key[:, :, :last, :, None] * weights[:, None, :last, :, :, None].to(key.dtype)
         writes = scaled.flatten(-2).mT @ value[:, :, :last]  # [B, H, n, M * K, J]
         writes = writes.reshape(batch, heads, last, modules, width, -1).to(_wide(writes.dtype))
-        for chunk in range(last):
+        for chunk, written in enumerate(writes.unbind(2)):  # one backward step, where indexing would fill zeros n times
             before = starts[-1]
-            written = writes[:, :, chunk]
             kept = None if before is None else before * fading[:, None, chunk, :, None, None].to(before.dtype)
             starts.append(written if kept is None else kept + written)
     after = starts.pop() if returns_memory else None

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -102,11 +102,31 @@ class ChunkInputs:
     valid: Tensor | None = None
 
 
+class _GeluSlope(torch.autograd.Function):
+    """gelu'(z) as one node; its own derivative is density(z) (2 - z^2)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor) -> Tensor:
+        density = torch.exp(-0.5 * z * z).mul_(z).mul_(1.0 / math.sqrt(2.0 * math.pi))
+        return torch.erf(z * math.sqrt(0.5)).add_(1.0).mul_(0.5).add_(density)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        square = z * z
+        return gradient * torch.exp(-0.5 * square) * (2.0 - square) * (1.0 / math.sqrt(2.0 * math.pi))
+
+
 def gelu_pair(z: Tensor) -> tuple[Tensor, Tensor]:
     """Exact gelu(z) and its derivative."""
-    share = 0.5 * (1.0 + torch.erf(z * math.sqrt(0.5)))
-    density = torch.exp(-0.5 * z * z) * (1.0 / math.sqrt(2.0 * math.pi))
-    return z * share, share + z * density
+    slope: Tensor = _GeluSlope.apply(z)  # type: ignore[no-untyped-call]
+    return torch.nn.functional.gelu(z), slope
 
 
 def recalled(

@@ -174,11 +174,16 @@ class SelfModifyingTitans(nn.Module):
             None if is_single else offset,
             lifted.device,
         )
-        lifted, query = layout.placed(lifted), layout.placed(query)
+        # Split, not sliced: the backward pass of a slice fills the whole row with zeros, once a chunk.
+        pieces = zip(
+            layout.placed(lifted).split(layout.chunk_size, 2),
+            layout.placed(query).split(layout.chunk_size, 2),
+            strict=True,
+        )
         reads = []
-        for index in range(layout.num_chunks):
+        for index, (u, q) in enumerate(pieces):
             walk.restart(layout, index, initial)
-            reads.append(self._chunk(walk, layout, index, lifted, query))
+            reads.append(self._chunk(walk, layout, index, u, q))
             walk.commit(layout, index, sizes, initial, self)
         health = {"rate": walk.rate.detach(), "retention": walk.retention.detach()}
         health["delta_norm"] = (walk.now.inner - initial.inner).detach().norm(dim=(-1, -2)).mean()
@@ -186,11 +191,9 @@ class SelfModifyingTitans(nn.Module):
         named = {f"memory/self_modifying_{name}": value for name, value in health.items()}
         return layout.returned(torch.cat(reads, 2), tokens), after, named
 
-    def _chunk(self, walk: _Walk, layout: ChunkLayout, index: int, lifted: Tensor, query: Tensor) -> Tensor:
+    def _chunk(self, walk: _Walk, layout: ChunkLayout, index: int, u: Tensor, q: Tensor) -> Tensor:
         """Reads of one chunk; the walk's weights move on."""
-        size = layout.chunk_size
-        place = slice(index * size, (index + 1) * size)
-        u, q = lifted[:, :, place], query[:, :, place]
+        place = slice(index * layout.chunk_size, (index + 1) * layout.chunk_size)
         vectors, scalars = recalled(walk.start, self.shape, u, first_vector=1)
         assert scalars is not None
         rate = F.softplus(scalars[..., 0] + self.rate_bias[:, None]) * self.settings.rate_scale
