@@ -5,8 +5,10 @@
 Every reader gives the same examples of about 1 KB of JSON, from files that were just written (so from the page cache: what is
 measured is the reader, not the disk). "ours, examples" decodes the JSON, as webdataset and HF datasets do; "ours, tokens" gives
 the token arrays that training reads; "ours, batches" goes through the whole loader, collated and padded. webdataset shuffles
-shards and a buffer of 10,000; the others read any sample at any time. Each row is the best of `--repeats` passes, by the
-clock and, for readers of one process, by the processor's time, which other work on the machine disturbs less. Then the time to the first batch of a resumed loader at 0, 50 and 99 percent of an epoch.
+shards and a buffer of 10,000; the others read any sample at any time. Each row is the best of `--repeats` turns: by the
+clock, and for readers of one process by the processor's time, which other work on the machine disturbs less. The first 10,000
+samples of a turn are not counted, because webdataset fills its buffer during them. Then the time to the first batch of a
+resumed loader at 0, 50 and 99 percent of an epoch.
 """
 
 from __future__ import annotations
@@ -198,24 +200,42 @@ def write_hf(folder: Path, num_samples: int, num_characters: int) -> None:
         datasets.Dataset.from_generator(rows, cache_dir=cache).save_to_disk(str(folder))
 
 
-def measure(read: Callable[[], Iterator[int]], num_samples: int, repeats: int, seconds: float) -> dict[str, Any]:
-    """Best samples per second over the repeats; a pass stops after `seconds`, and its rate is that of what it read."""
-    best, best_cpu, counted = 0.0, 0.0, 0
-    for _ in range(repeats):
-        start, start_cpu = time.perf_counter(), time.process_time()
-        count = 0
-        for _length in read():
-            count += 1
-            if count % 4096 == 0 and time.perf_counter() - start > seconds:
-                break
-        best = max(best, count / (time.perf_counter() - start))
-        best_cpu = max(best_cpu, count / (time.process_time() - start_cpu))
-        counted = count
+def measure(read: Callable[[], Iterator[int]], seconds: float, warm_up: int) -> tuple[int, float, float]:
+    """Samples, seconds by the clock and by the processor of one pass, which stops after `seconds`.
+
+    The first `warm_up` samples are not counted: webdataset fills its shuffle buffer during them and is slower.
+    """
+    samples = read()
+    for _ in range(warm_up):
+        next(samples)
+    start, start_cpu = time.perf_counter(), time.process_time()
+    count = 0
+    for _length in samples:
+        count += 1
+        if count % 1024 == 0 and time.perf_counter() - start > seconds:
+            break
+    return count, time.perf_counter() - start, time.process_time() - start_cpu
+
+
+def rates(
+    readers: dict[str, Callable[[], Iterator[int]]], repeats: int, seconds: float, warm_up: int
+) -> dict[str, Any]:
+    """Best rates over the passes. Readers take turns, so that other work on the machine meets all of them alike."""
+    best: dict[str, list[float]] = {name: [0.0, 0.0] for name in readers}
+    counts = dict.fromkeys(readers, 0)
+    for turn in range(repeats):
+        for name, read in readers.items():
+            counts[name], clock, cpu = measure(read, seconds, warm_up)
+            best[name] = [max(best[name][0], counts[name] / clock), max(best[name][1], counts[name] / cpu)]
+            by_clock, by_cpu = best[name]
+            print(f"{turn} {name:36} {by_clock:>10,.0f} samples/s {by_cpu:>10,.0f} samples/CPU s", file=sys.stderr)
     return {
-        "samples_per_second": round(best),
-        "samples_per_cpu_second": round(best_cpu),
-        "samples_read": counted,
-        "of": num_samples,
+        name: {
+            "samples_per_second": round(by_clock),
+            "samples_per_cpu_second": round(by_cpu),
+            "samples_read": counts[name],
+        }
+        for name, (by_clock, by_cpu) in best.items()
     }
 
 
@@ -264,11 +284,7 @@ def run_readers(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     if has_hf:
         readers["HF datasets, 1 process"] = lambda: hf_samples(root / "hf", 0)
         readers["HF datasets, 2 workers"] = lambda: hf_samples(root / "hf", 2)
-    results: dict[str, Any] = {}
-    for name, read in readers.items():
-        results[name] = measure(read, args.samples, args.repeats, args.seconds)
-        clock, cpu = results[name]["samples_per_second"], results[name]["samples_per_cpu_second"]
-        print(f"{name:36} {clock:>10,} samples/s {cpu:>10,} samples/CPU s", file=sys.stderr, flush=True)
+    results = rates(readers, args.repeats, args.seconds, min(SHUFFLE_BUFFER, args.samples // 4))
     for name in results:
         if "worker" in name or "thread" in name:
             del results[name]["samples_per_cpu_second"]  # of the parent process alone, so it says nothing
