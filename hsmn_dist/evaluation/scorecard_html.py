@@ -19,7 +19,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem
 h1 { font-size: 1.5rem; margin-bottom: 0.2rem; } h2 { font-size: 1.1rem; margin: 2rem 0 0.5rem; }
 table { border-collapse: collapse; margin: 0.4rem 0; } th { text-align: left; font-weight: 600; background: #f2f5f8; }
 th, td { border: 1px solid #d5dce3; padding: 0.3rem 0.6rem; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; } td.own { outline: 2px solid #1c2530; outline-offset: -2px; }
+td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; } td.own { outline: 2px solid #1c2530; outline-offset: -2px; }
 .missing { color: #75808c; font-style: italic; } .note { color: #55606c; font-size: 0.85rem; max-width: 60rem; }
 .small { font-size: 0.82rem; color: #44505c; } .side { display: flex; flex-wrap: wrap; gap: 2rem; }
 .wide { overflow-x: auto; } pre { background: #f2f5f8; padding: 0.8rem; overflow-x: auto; } svg text { font: 11px system-ui; }

@@ -39,6 +39,9 @@ from hsmn_dist.tracking.tracker import FinishStatus, NullTracker
 RUN_ID_TAG = "hsmn_dist.run_id"
 STAGE_TAG = "hsmn_dist.stage"
 EVENTS_TAG = "hsmn_dist.events_applied"
+_SOURCE_TAGS = {"mlflow.source.name": "hsmn-dist", "mlflow.source.type": "LOCAL"}
+# Without it the UI opens the experiment in its view for chat applications.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "preempted": "KILLED"}
 _MAX_METRICS, _MAX_PARAMS, _MAX_PARAM_LENGTH, _MAX_TAG_LENGTH = 1000, 100, 6000, 5000
 _CONNECT_SECONDS = 3.0
@@ -101,7 +104,7 @@ class MlflowWriter:
             known = client.get_experiment_by_name(self.place.experiment)
             if known is None:
                 root = self.place.artifact_root or None
-                self._experiment_id = client.create_experiment(self.place.experiment, artifact_location=root)
+                self._experiment_id = client.create_experiment(self.place.experiment, root, tags=_EXPERIMENT_TAGS)
             else:
                 self._experiment_id = known.experiment_id
         self._client = client
@@ -130,13 +133,15 @@ class MlflowWriter:
         found = self._client.search_runs([self._experiment_id], filter_string=wanted, order_by=["attribute.start_time"])
         if found:
             return str(found[0].info.run_id)
-        tags = {**self.place.tags, RUN_ID_TAG: self.place.run_id, STAGE_TAG: stage or "curriculum"}
+        tags = {**_SOURCE_TAGS, **self.place.tags, RUN_ID_TAG: self.place.run_id, STAGE_TAG: stage or "curriculum"}
+        if "git_commit" in self.place.tags:
+            tags["mlflow.source.git.commit"] = self.place.tags["git_commit"].split("+")[0]
         if stage:
             parent = self._run_ids.get("") or self._find("")
             self._run_ids[""] = parent
             tags["mlflow.parentRunId"] = parent
-        name = f"{self.place.run_id}/{stage}" if stage else self.place.run_id
-        made = self._client.create_run(self._experiment_id, tags=tags, run_name=name)
+        # Stages stand below their parent in the UI, so their own name is enough, and fits into a legend.
+        made = self._client.create_run(self._experiment_id, tags=tags, run_name=stage or self.place.run_id)
         return str(made.info.run_id)
 
     def _is_on_server(self, stage: str, name: str, step: int) -> bool:
