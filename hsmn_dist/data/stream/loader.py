@@ -103,6 +103,15 @@ class StreamLoader:
         """Seconds the training thread has waited for batches since the loader was built."""
         return self.stats.wait_seconds
 
+    def metrics(self) -> dict[str, float]:
+        """This rank's numbers for the tracker since the loader was built; names as in `tracking.metric_names`."""
+        return {
+            "data/padding_ratio": self.stats.padding_ratio,
+            "data/replay_ratio": self.stats.replay_ratio,
+            "data/quarantined_count": float(self._cursor.num_quarantined),
+            "data/wait_seconds": self.stats.wait_seconds,
+        }
+
     def cursor(self) -> Cursor:
         """The position after the batches that were handed out."""
         return self._cursor

@@ -20,6 +20,7 @@ from hsmn_dist.data.stream.plan import StreamSettings, StreamSource
 from hsmn_dist.data.tokenizer import ByteTokenizer
 from hsmn_dist.foundation.errors import DataError
 from hsmn_dist.models.contract import ModelInput
+from hsmn_dist.tracking import metric_names
 from tests.support.shards import example_text, write_folder
 
 SETTINGS = StreamSettings(global_batch_examples=8, micro_batch_examples=2, seed=5)
@@ -111,6 +112,14 @@ def test_replay_takes_its_share_of_every_batch(tmp_path: Path) -> None:
             assert 3 <= num_old <= 5
         assert loader.stats.replay_ratio == pytest.approx(0.2, abs=0.01)
         assert set(texts(batch)) <= {example_text(n, i) for n in ("new", "old") for i in range(40)}
+
+
+def test_metrics_have_the_trackers_names(folder: Path) -> None:
+    with build_loader([StreamSource(folder)], "train", SETTINGS) as loader:
+        next(loader)
+        metrics = loader.metrics()
+    assert 0 < metrics[metric_names.DATA_PADDING] < 1 and metrics[metric_names.DATA_REPLAY] == 0
+    assert metrics["data/quarantined_count"] == 0 and metrics["data/wait_seconds"] == loader.wait_seconds > 0
 
 
 # iter_split
