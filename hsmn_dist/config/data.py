@@ -75,6 +75,11 @@ class DataConfig(Section):
         ge=0,
         description="Words in a row that a test item and a training example must share to count as contamination; 0: not measured.",
     )
+    contamination_items: int = Field(
+        5000,
+        ge=1,
+        description="Test items of each dataset that are looked for in the training examples; bounds memory.",
+    )
     part_examples: int = Field(
         20_000,
         ge=1,

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,7 @@ def _contamination_notes(
         return iter_examples(job.work, split) if job.dataset.name in fresh else read_examples(job.folder, split)
 
     reports = measure_contamination(
-        {name: examples(job, "test") for name, job in benchmarks.items()},
+        {name: islice(examples(job, "test"), data.contamination_items) for name, job in benchmarks.items()},
         {job.dataset.name: examples(job, "train") for job in jobs},
         ngram_words=data.contamination_words,
         min_words=min(DEFAULT_MIN_WORDS, data.contamination_words),
@@ -353,6 +354,7 @@ def _digest(
         "deduplicate",
         "near_duplicate_overlap",
         "contamination_words",
+        "contamination_items",
     )
     tokens: dict[str, Any] = tokenizer.model_dump(exclude={"path"})
     if tokenizer.kind == "file":
