@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from hsmn_dist.foundation.errors import ConfigError, StageFailed
@@ -24,6 +25,7 @@ ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 EXCLUDES = ["/runs/", "/.venv/", "/.git/", "/mlruns/", "*.tar", "*.safetensors", "__pycache__"]
 POLL_SECONDS = 1.0
 EXIT_PREEMPTED = 75
+AGENT_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def connect(address: str, token_file: Path | None = None) -> JobSubmissionClient
     try:
         client = JobSubmissionClient(address, headers=headers or None)
         client.list_jobs()
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise _refused(address, str(error)) from None
     return client
 
@@ -114,24 +116,36 @@ def submit(client: JobSubmissionClient, request: JobRequest, say: Callable[[str]
     if identity in known:
         say(f"{request.name} ended as {known[identity].status.value}: submitting it again")
         client.delete_job(identity)
-    try:
-        client.submit_job(
-            entrypoint=request.entrypoint,
-            submission_id=identity,
-            runtime_env=request.runtime_env(),
-            entrypoint_num_cpus=request.num_cpus,
-            metadata={"run_name": request.name},
-        )
-        say(f"submitted {identity}")
-    except RuntimeError as error:
-        if "already exists" not in str(error):
+    _submit(client, request, say)
+    return identity
+
+
+def _submit(client: JobSubmissionClient, request: JobRequest, say: Callable[[str], None]) -> None:
+    deadline = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            client.submit_job(
+                entrypoint=request.entrypoint,
+                submission_id=request.submission_id,
+                runtime_env=request.runtime_env(),
+                entrypoint_num_cpus=request.num_cpus,
+                metadata={"run_name": request.name},
+            )
+            say(f"submitted {request.submission_id}")
+            return
+        except RuntimeError as error:
+            text = str(error)
+        if "already exists" in text:
+            say(f"{request.submission_id} was submitted by somebody else at the same moment: following it")
+            return
+        # A cluster that has just started answers before its job agent does.
+        if "No available agent" not in text or time.monotonic() > deadline:
             raise ConfigError(
-                f"the job was refused: {str(error).strip().splitlines()[-1][:300]}",
+                f"the job was refused: {text.strip().splitlines()[-1][:300]}",
                 allowed="a job that the cluster can start",
                 action="correct what the message names",
-            ) from None
-        say(f"{identity} was submitted by somebody else at the same moment: following it")
-    return identity
+            )
+        time.sleep(POLL_SECONDS)
 
 
 def follow(client: JobSubmissionClient, identity: str, write: Callable[[str], None]) -> int:

@@ -156,17 +156,18 @@ trap ask TERM USR1
 trap clean EXIT
 
 # On a node: Ray in a session of its own. TERM goes to all of a job at once; Ray must outlive the driver's checkpoint, so only USR2,
-# which `clean` sends, ends it. A worker that is faster than a slow head, or whose Ray died, tries again.
+# which `clean` sends, ends it. A worker that is faster than a slow head tries again.
 node_script='mkdir -p "$RAY_TMPDIR"
 child="" stopped=""
 stop() { stopped=1; kill -TERM "$child"; }
 trap : TERM USR1
 trap stop USR2
 for _ in 1 2 3 4 5; do
+  begun=$SECONDS
   setsid "$@" &
   child=$!
   while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
-  if [ -n "$stopped" ]; then break; fi
+  if [ -n "$stopped" ] || [ $((SECONDS - begun)) -gt 120 ]; then break; fi
   sleep 3
 done
 rm -rf "$RAY_TMPDIR"'
@@ -217,9 +218,17 @@ driver=$!
 code=0
 until_ended "$driver" || code=$?
 driver=""
+again=""
+if [ "$code" = 75 ]; then again=1; fi # a checkpoint was written
+if [ "$code" = 1 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ]; then
+  sleep 5
+  for pid in "${nodes[@]}"; do
+    if ! kill -0 "$pid" 2>/dev/null; then again=1; fi # Ray died on a node: the last checkpoint is good
+  done
+fi
 clean
-if [ "$code" = 75 ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-  # A checkpoint was written, and nobody cancelled the job: queue it again; it resumes.
+if [ -n "$again" ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+  # Nobody cancelled the job: queue it again; it resumes.
   scontrol requeue "$SLURM_JOB_ID" || true
 fi
 exit "$code"

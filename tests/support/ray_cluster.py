@@ -1,0 +1,86 @@
+"""A Ray cluster of one node with token authentication, on ports of its own; ended by its own process id, never by `ray stop`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TokenCluster:
+    """Address of the job server, of the cluster, and the file with its token."""
+
+    address: str
+    gcs: str
+    token_file: Path
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that are free now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in sockets]
+
+
+@contextlib.contextmanager
+def token_cluster(num_cpus: int = 2, timeout: float = 240.0) -> Iterator[TokenCluster]:
+    """Start the cluster, wait until its job server answers, and end it."""
+    folder = Path(tempfile.mkdtemp(prefix="hr", dir="/tmp"))  # a socket path has 107 bytes at most
+    token_file = folder / "token"
+    token_file.write_text(secrets.token_hex(16))
+    token_file.chmod(0o600)
+    gcs, dashboard, agent, client = free_ports(4)
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        "RAY_DISABLE_IMPORT_WARNING": "1",
+    }
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
+    command += ["--port", str(gcs), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
+    command += ["--dashboard-agent-listen-port", str(agent), "--ray-client-server-port", str(client)]
+    command += ["--node-ip-address", "127.0.0.1", "--temp-dir", str(folder / "t"), "--num-cpus", str(num_cpus)]
+    log = (folder / "log").open("wb")
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        address = f"http://127.0.0.1:{dashboard}"
+        _wait(address, process, time.monotonic() + timeout, folder / "log")
+        yield TokenCluster(address, f"127.0.0.1:{gcs}", token_file)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait(address: str, process: subprocess.Popen[bytes], deadline: float, log: Path) -> None:
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/api/version", timeout=5)
+            return
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                return  # it answers, and asks for a token
+        except OSError:
+            pass
+        assert process.poll() is None and time.monotonic() < deadline, f"Ray did not start: {log.read_text()[-2000:]}"
+        time.sleep(0.5)
