@@ -160,12 +160,11 @@ def recall_question(settings: RecallSettings, num_words: int, depth: float, tria
 
 
 def filler_sentences(num_words: int, number: int) -> list[str]:
-    """About `num_words` words of the built-in `passkey` dataset's filler; row `number` of it, its key taken out."""
-    rows = passkey(DatasetConfig(name="passkey", passkey_tokens=max(16, num_words), num_examples=number + 1))
-    text = ""
-    for row in rows:
-        text = str(row.value["context"])
-    return _SENTENCE_END.split(_KEY_SENTENCE.sub("", text).strip())
+    """About `num_words` words of the built-in `passkey` dataset's filler, its key taken out, begun elsewhere by `number`."""
+    row = next(iter(passkey(DatasetConfig(name="passkey", passkey_tokens=max(16, num_words), num_examples=1))))
+    sentences = _SENTENCE_END.split(_KEY_SENTENCE.sub("", str(row.value["context"])).strip())
+    start = 13 * number % len(sentences)
+    return sentences[start:] + sentences[:start]
 
 
 @dataclass(frozen=True)

@@ -66,12 +66,13 @@ def build_tracker(config: TrackingConfig, run: TrackedRun, rank: int = 0) -> Tra
         write_json(run.run_folder / RECORD_NAME, record)
     files = JsonlTracker(run.folder, run.stage, run.first_step)
     if config.backend == "none":
-        return files
+        # Within a composite a full disk is a warning, as it is beside MLflow.
+        return CompositeTracker([files])
     try:
         from hsmn_dist.tracking.mlflow_tracker import MlflowPlace, MlflowTracker
     except ImportError as error:  # pragma: no cover - only on a system without fcntl
         warn_once(_log, "mlflow import", f"MLflow cannot be used here ({error}); metrics.jsonl is written")
-        return files
+        return CompositeTracker([files])
     place = MlflowPlace(uri, config.experiment, artifact_root(run.run_root, uri), run.run_id, tags)
     remote = MlflowTracker(
         place,

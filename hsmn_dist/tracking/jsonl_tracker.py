@@ -56,10 +56,8 @@ class MetricLine:
 def read_metric_lines(path: Path) -> Iterator[MetricLine]:
     """The complete lines of a metrics file, in order; an absent file has none.
 
-    A last line without its newline is a write that was cut off (or is still going on) and is left out.
-
-    Raises:
-        DataError: a complete line is not a metric line; file and line number are named.
+    A last line without its newline is a write that was cut off (or is still going on) and is left out. A damaged line (a
+    disk that was full, an editor) is passed over with a warning: numbers for people must not fail a run.
     """
     if not path.is_file():
         return
@@ -67,7 +65,10 @@ def read_metric_lines(path: Path) -> Iterator[MetricLine]:
         for number, raw in enumerate(stream, 1):
             if not raw.endswith(b"\n"):
                 return
-            yield parse_metric_line(raw, path, number)
+            try:
+                yield parse_metric_line(raw, path, number)
+            except DataError as error:
+                warn_once(_log, f"damaged {path}:{number}", f"{error.found}; the line is passed over")
 
 
 def parse_metric_line(raw: bytes, path: Path, number: int) -> MetricLine:
@@ -118,8 +119,8 @@ class JsonlTracker:
         folder.mkdir(parents=True, exist_ok=True)
         self._next_id, self._last_step = _cut_back(self.metrics_path, stage, first_step)
         _drop_partial_line(self.events_path)
-        self._metrics = _open_append(self.metrics_path)
-        self._events = _open_append(self.events_path)
+        self._metrics = _LineFile(self.metrics_path)
+        self._events = _LineFile(self.events_path)
         self._event("start")
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -137,7 +138,7 @@ class JsonlTracker:
         if fresh and not self._is_finished:
             line = MetricLine(self._next_id, round(self._clock(), 3), self.stage, step, fresh)
             self._next_id += 1
-            _append(self._metrics, line.to_json())
+            self._metrics.append(line.to_json())
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """See Tracker."""
@@ -165,22 +166,34 @@ class JsonlTracker:
             return
         self._event("finish", status=status)
         self._is_finished = True
-        for descriptor in (self._metrics, self._events):
-            os.fsync(descriptor)
-            os.close(descriptor)
+        for file in (self._metrics, self._events):
+            file.close()
 
     def _event(self, kind: str, **fields: Any) -> None:
         if not self._is_finished:
-            _append(self._events, {"time": round(self._clock(), 3), "stage": self.stage, "kind": kind, **fields})
+            self._events.append({"time": round(self._clock(), 3), "stage": self.stage, "kind": kind, **fields})
 
 
-def _open_append(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+class _LineFile:
+    """Appends whole lines: one write call each, so that a reader sees whole lines and a kill leaves at most one torn line."""
 
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._is_torn = False
 
-def _append(descriptor: int, record: Mapping[str, Any]) -> None:
-    # One write call per line: a reader sees whole lines, and a killed process leaves at most one cut-off line.
-    os.write(descriptor, (json.dumps(record, separators=(",", ":"), default=str) + "\n").encode())
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line; after a line that was cut by a full disk, on a line of its own."""
+        line = (json.dumps(record, separators=(",", ":"), default=str) + "\n").encode()
+        if self._is_torn:
+            line = b"\n" + line
+        self._is_torn = True
+        written = os.write(self._descriptor, line)
+        self._is_torn = written != len(line)
+
+    def close(self) -> None:
+        """Push everything to the disk."""
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
 
 
 def _drop_partial_line(path: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsmn_dist.foundation.errors import DataError
-from hsmn_dist.tracking.jsonl_tracker import JsonlTracker, read_metric_lines, read_series
+from hsmn_dist.tracking.jsonl_tracker import JsonlTracker, parse_metric_line, read_metric_lines, read_series
+from hsmn_dist.tracking.tracker import CompositeTracker
 
 
 def points_of(path, stage):
@@ -101,11 +104,41 @@ def test_a_line_cut_off_by_a_kill_is_ignored_and_removed_on_resume(tmp_path):
     assert kinds == ["start", "start", "finish"]
 
 
-def test_a_damaged_line_is_named_with_file_and_number(tmp_path):
+def test_a_damaged_line_is_passed_over_and_named_with_file_and_number(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hsmn_dist"), "propagate", True)
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"id":0,"time":1,"stage":"s","step":0,"values":{}}\nnonsense\n')
+    line = '{"id":0,"time":1,"stage":"s","step":%d,"values":{"x":1.0}}\n'
+    path.write_text(line % 0 + "nonsense\n" + line % 1)
+    with caplog.at_level(logging.WARNING, logger="hsmn_dist"):
+        assert read_series(path) == {"x": [(0, 1.0), (1, 1.0)]}
+    assert "metrics.jsonl, line 2" in caplog.text
     with pytest.raises(DataError, match=r"metrics\.jsonl, line 2"):
-        list(read_metric_lines(path))
+        parse_metric_line(b"nonsense\n", path, 2)
+    resumed = JsonlTracker(tmp_path, "s", first_step=1)
+    resumed.log_metrics({"x": 5.0}, 1)
+    assert read_series(path) == {"x": [(0, 1.0), (1, 5.0)]}
+
+
+def test_a_disk_that_was_full_tears_one_line_and_not_the_next(tmp_path, monkeypatch):
+    tracker = CompositeTracker([JsonlTracker(tmp_path, "s")])
+    tracker.log_metrics({"x": 0.0}, 0)
+    real_write = os.write
+
+    def short_write(descriptor, data):
+        return real_write(descriptor, data[:10])
+
+    def no_write(descriptor, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", short_write)
+    tracker.log_metrics({"x": 1.0}, 1)
+    monkeypatch.setattr(os, "write", no_write)
+    tracker.log_metrics({"x": 2.0}, 2)
+    monkeypatch.setattr(os, "write", real_write)
+    tracker.log_metrics({"x": 3.0}, 3)
+    tracker.log_metrics({"x": 4.0}, 4)
+    tracker.finish()
+    assert read_series(tmp_path / "metrics.jsonl") == {"x": [(0, 0.0), (3, 3.0), (4, 4.0)]}
 
 
 def test_events_record_params_tags_artifacts_datasets_and_the_status(tmp_path):
