@@ -352,10 +352,16 @@ class FolderUploader:
     def _upload_events(self, last_ones: bool) -> None:
         """Apply events; a finish waits until the metrics before it are up, so that a finished run is whole."""
         while raw_lines := self._events.read(1):
-            event = json.loads(raw_lines[0])
-            if event["kind"] == "finish" and not last_ones:
+            number = self._events.number + 1
+            try:
+                event = json.loads(raw_lines[0])
+                stage, kind = str(event["stage"]), str(event["kind"])
+            except (ValueError, KeyError, TypeError) as error:
+                _log.warning("%s, line %d: not an event (%r); it is not uploaded", self._events.path, number, error)
+                self._events.commit()
+                continue
+            if kind == "finish" and not last_ones:
                 return
-            stage, number = str(event["stage"]), self._events.number + 1
             if stage not in self._applied:
                 self._applied[stage] = self._writer.events_applied(stage)
             if number > self._applied[stage]:

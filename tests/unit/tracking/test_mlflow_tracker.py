@@ -170,11 +170,14 @@ def test_a_damaged_line_is_passed_over_and_the_rest_arrives(connected, tmp_path)
     server = FlakyServer(0, loss=0.0)
     tracker = JsonlTracker(tmp_path, "00_a")
     tracker.log_metrics({"a": 1.0}, 0)
-    with (tmp_path / "metrics.jsonl").open("a") as stream:
-        stream.write("damaged\n")
+    for name in ("metrics.jsonl", "events.jsonl"):
+        with (tmp_path / name).open("a") as stream:
+            stream.write("damaged\n")
     tracker.log_metrics({"a": 2.0}, 1)
+    tracker.finish("preempted")
     FolderUploader(connected(server), tmp_path).upload()
     assert [point[2] for point in server.points] == [0, 1]
+    assert server.applied[-1] == "status KILLED"
 
 
 def test_settings_become_dotted_names():
