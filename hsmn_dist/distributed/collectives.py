@@ -29,16 +29,29 @@ def _is_alone() -> bool:
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place; returns `tensor`."""
-    if not _is_alone():
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
-    return tensor
+    return _all_reduce(tensor, dist.ReduceOp.SUM)
 
 
 def all_reduce_max(tensor: Tensor) -> Tensor:
     """Maximum over ranks, in place; returns `tensor`."""
-    if not _is_alone():
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return _all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+def _all_reduce(tensor: Tensor, op: Any) -> Tensor:
+    if _is_alone():
+        return tensor
+    if tensor.device.type == "cpu" and not _carries_cpu_tensors(str(dist.get_backend_config())):
+        # A group that somebody else formed for GPUs alone (Ray Train's): such numbers travel by the device.
+        on_device = tensor.to(torch.device("cuda", torch.cuda.current_device()))
+        dist.all_reduce(on_device, op=op)
+        return tensor.copy_(on_device)
+    dist.all_reduce(tensor, op=op)
     return tensor
+
+
+def _carries_cpu_tensors(backend_config: str) -> bool:
+    """Whether a process group of this configuration ("cpu:gloo,cuda:nccl") takes tensors in host memory."""
+    return any(part.startswith("cpu:") or part in ("gloo", "mpi") for part in backend_config.split(","))
 
 
 def barrier() -> None:

@@ -66,6 +66,8 @@ class World:
         LOCAL_RANK is set where nobody did, because DeepSpeed refuses to start without it.
         """
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         if dist.is_initialized():
             if (dist.get_rank(), dist.get_world_size()) != (self.rank, self.world_size):
                 raise ConfigError(
@@ -78,7 +80,6 @@ class World:
         timeout = datetime.timedelta(seconds=timeout_seconds)
         backend = "gloo"
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
             # Objects and CPU tensors go over gloo, so that bookkeeping never waits for the device.
             backend = "cpu:gloo,cuda:nccl"
         if self.world_size == 1:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hsmn_dist.config.optim import OptimConfig
 from hsmn_dist.config.training import TrainingConfig
@@ -40,7 +40,9 @@ class Course:
     weights: dict[str, Tensor]
 
 
-def make_engine(world: World, name: str, stage: int, precision: str = "fp32", tied: bool = True) -> Engine:
+def make_engine(
+    world: World, name: str, stage: int, precision: str = "fp32", tied: bool = True, offload: str = "none"
+) -> Engine:
     training = TrainingConfig.model_validate(
         {
             "engine": name,
@@ -50,6 +52,7 @@ def make_engine(world: World, name: str, stage: int, precision: str = "fp32", ti
             "micro_batch_examples": 2,
             "max_gradient_norm": 1.0,
             "persistent_parameter_elements": 20,
+            "offload": {"optimizer": offload, "parameters": offload if stage == 3 else "none"},
         }
     )
     seed_everything(3)
@@ -124,6 +127,88 @@ def test_bf16_follows_the_bf16_twin_closely(stage: int) -> None:
     wanted = local_course(20, "bf16")
     assert max(abs(a - b) for a, b in zip(found.losses, wanted.losses, strict=True)) < 0.01
     assert all(weight.dtype == torch.float32 for weight in found.weights.values())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloaded_optimizers_see_penalty_and_clipping_and_resume_bit_for_bit(stage: int, tmp_path: Path) -> None:
+    world = World()
+    engine = make_engine(world, "deepspeed", stage, offload="cpu")
+    assert_same_course(run_course(engine, world, 50), local_course(50), 1e-5)
+    engine.save(tmp_path)
+    anchors = [torch.zeros_like(shard.value) for shard in engine.param_shards()]
+    wanted = [run_step(engine, world, 100 + step, anchors)[:2] for step in range(3)]
+    other = make_engine(world, "deepspeed", stage, offload="cpu")
+    other.load(tmp_path)
+    assert [run_step(other, world, 100 + step, anchors)[:2] for step in range(3)] == wanted
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_frozen_parameters_stay_and_travel_with_the_state(stage: int, tmp_path: Path) -> None:
+    def frozen_model() -> TinyModel:
+        model = TinyModel()
+        model.embedding.weight.requires_grad_(False)
+        return model
+
+    training = TrainingConfig.model_validate(
+        {
+            "zero_stage": stage,
+            "global_batch_examples": 2,
+            "micro_batch_examples": 2,
+            "persistent_parameter_elements": 20,
+        }
+    )
+    torch.manual_seed(1)
+    engine = build_engine(training, OPTIM, frozen_model, World())
+    before = engine.state_dict()
+    for step in range(3):
+        engine.forward_backward(tiny_batch(step, 2), 5)
+        engine.step(RATE)
+    after = engine.state_dict()
+    assert list(after) == list(before)
+    assert torch.equal(after["embedding.weight"], before["embedding.weight"])
+    assert not torch.equal(after["head.weight"], before["head.weight"])
+    assert "embedding.weight" not in [shard.name for shard in engine.param_shards()]
+    engine.save(tmp_path)
+    other = build_engine(training, OPTIM, frozen_model, World())
+    assert not torch.equal(other.state_dict()["embedding.weight"], before["embedding.weight"])
+    other.load(tmp_path)
+    assert all(torch.equal(value, after[name]) for name, value in other.state_dict().items())
+    assert float(other.evaluate(tiny_batch(5))[0]) == float(engine.evaluate(tiny_batch(5))[0])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_parameter_that_no_batch_used_gets_no_gradient_of_an_earlier_step(stage: int) -> None:
+    """ZeRO-3 keeps such gradients; here the head's bias is used in the first step alone."""
+    engine = make_engine(World(), "deepspeed", stage, tied=False)
+    for step in range(2):
+        for start in range(0, NUM_EXAMPLES, 2):
+            engine.forward_backward(rows_of(tiny_batch(step, NUM_EXAMPLES), start, start + 2), 10)
+        shard = next(shard for shard in engine.param_shards() if shard.name == "head.bias")
+        if step == 0:
+            assert float(shard.gradient.abs().max()) > 0
+            engine.step(RATE)
+            engine.module.head.forward = lambda x: nn.functional.linear(x, engine.module.head.weight)
+        else:
+            assert shard.gradient is None or float(shard.gradient.abs().max()) == 0
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_changes_nothing(stage: int) -> None:
+    world = World()
+    engine = make_engine(world, "deepspeed", stage)
+    anchors = [torch.zeros_like(shard.value) for shard in engine.param_shards()]
+    run_step(engine, world, 0, anchors)
+    before = engine.state_dict()
+    for start in range(0, NUM_EXAMPLES, 2):
+        engine.forward_backward(rows_of(tiny_batch(1, NUM_EXAMPLES), start, start + 2), 10)
+    engine.param_shards()[0].gradient.fill_(float("nan"))
+    stats = engine.step(RATE)
+    assert stats.was_skipped and stats.gradient_norm != stats.gradient_norm
+    assert all(torch.equal(value, before[name]) for name, value in engine.state_dict().items())
+    loss, *_ = run_step(engine, world, 2, anchors)
+    local = make_engine(World(), "local", 0)
+    run_step(local, world, 0, anchors)
+    assert run_step(local, world, 2, anchors)[0] == pytest.approx(loss, abs=1e-5), "the skipped step left no trace"
 
 
 def _on_two_ranks(world: World, folder: str) -> dict[str, object]:

@@ -51,6 +51,7 @@ def _talk(world: World) -> dict[str, object]:
         "all": collectives.all_gather_objects(world.rank),
         "any": collectives.any_rank(world.rank == 1),
         "none": collectives.any_rank(False),
+        "carries": collectives._carries_cpu_tensors(str(dist.get_backend_config())),
         "joined": collectives.sum_of_pieces(piece).view(torch.int32).tolist(),
     }
 
@@ -59,7 +60,16 @@ def test_two_ranks_agree_on_every_collective() -> None:
     first, second = run_distributed(_talk, 2)
     bits = torch.tensor([-0.0, -0.0, 1e-45, 1e-45, 3.5]).view(torch.int32).tolist()
     expected = {"sum": 3.0, "max": 1, "object": "from 1", "all": [0, 1], "any": True, "none": False, "joined": bits}
+    expected["carries"] = True
     assert first == second == expected
+
+
+@pytest.mark.parametrize(
+    ("backend", "carries"),
+    [("cpu:gloo,cuda:nccl", True), ("cpu:gloo,cuda:gloo", True), ("nccl", False), ("cuda:nccl", False)],
+)
+def test_host_tensors_go_by_the_device_where_the_group_is_for_gpus_alone(backend: str, carries: bool) -> None:
+    assert collectives._carries_cpu_tensors(backend) is carries
 
 
 def _fail_on_rank_one(world: World) -> None:
