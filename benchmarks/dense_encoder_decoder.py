@@ -31,7 +31,7 @@ class Layer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(config.d_model) for _ in range(3 if is_causal else 2))
         self.attention = Attention(config.d_model, config.num_heads)
         self.cross = Attention(config.d_model, config.num_heads) if is_causal else None
-        self.feed_forward = FeedForward(config.d_model, config.d_feed_forward, "relu", dropout)
+        self.feed_forward = FeedForward(config.d_model, config.d_feed_forward, "relu")
         self.dropout = nn.Dropout(dropout)
         self.is_causal = is_causal
 

@@ -40,7 +40,7 @@ class EncoderLayer(nn.Module):
         self.attention_norm = build_norm(d_model)
         self.attention = Attention(d_model, num_heads)
         self.feed_forward_norm = build_norm(d_model)
-        self.feed_forward = FeedForward(d_model, d_feed_forward, activation, dropout)
+        self.feed_forward = FeedForward(d_model, d_feed_forward, activation)
         self.dropout = nn.Dropout(dropout)
         self.is_pre_norm = is_pre_norm
 

@@ -76,7 +76,7 @@ class ReasoningBlock(nn.Module):
         self.cms_norm = None if cms is None else build_norm(d_model)
         self.cms = cms
         self.feed_forward_norm = build_norm(d_model)
-        self.feed_forward = FeedForward(d_model, d_feed_forward, activation, dropout)
+        self.feed_forward = FeedForward(d_model, d_feed_forward, activation)
         self.dropout = nn.Dropout(dropout)
         self.is_pre_norm = is_pre_norm
         self.span = span
