@@ -5,8 +5,9 @@ batched backward pass per micro-batch through taps (`example_gradients.py`), or 
 (`fisher_reference.py`) where a parameter has no rule. The first micro-batch is computed both ways, and a difference switches
 the slow way on: a model that hides which example a row belongs to must not give a wrong Fisher quietly.
 
-Examples are numbered in the order in which micro-batches are dealt to ranks (blocks of one micro-batch, rank after rank), so
-that groups of the `_sum` estimators and micro-batches are the same examples for every number of ranks.
+Rows are numbered in the order in which micro-batches are dealt to ranks (blocks of one micro-batch, rank after rank), so
+that groups of the `_sum` estimators and micro-batches are the same examples for every number of ranks (of one split; where
+several splits follow each other, each ends with its own padding and later groups shift by it).
 
 Source: continual.md section 3; van de Ven 2025, arXiv 2502.11756.
 """
@@ -27,7 +28,7 @@ from hsmn_dist.continual.example_gradients import ExampleGradients, Uncovered, U
 from hsmn_dist.continual.fisher_reference import CHUNK_ELEMENTS, add_squares_one_by_one, gradients, parameter_chunks
 from hsmn_dist.continual.shard_sums import ShardSums
 from hsmn_dist.continual.square_sums import Use, add_squares, add_sum
-from hsmn_dist.distributed.collectives import any_rank, rank_and_world_size
+from hsmn_dist.distributed.collectives import all_reduce_sum, any_rank, rank_and_world_size
 from hsmn_dist.distributed.shards import ParamShard
 from hsmn_dist.foundation.errors import ModelError
 from hsmn_dist.foundation.log import logger
@@ -117,6 +118,7 @@ class FisherPass:
         self._is_batched = True
         self._is_checked = False
         self._rank, self._world_size = rank_and_world_size()
+        self._num_means = torch.zeros((), dtype=torch.int64)
         self.num_batches = 0
 
     @property
@@ -139,22 +141,24 @@ class FisherPass:
 
     def result(self) -> list[Tensor]:
         """The Fisher of each shard, [stop - start]."""
+        totals, count = self._sums.totals(), self._num_examples
         if self._config.estimator in GROUPED:
-            return [squares / self._num_examples for squares in self._squares]
-        count = self._num_examples
+            # What is left in the sums is the last group, when it is not full.
+            return [(squares + left * left) / count for squares, left in zip(self._squares, totals, strict=True)]
         if self._config.estimator == "microbatch":
-            count = -(-count // self._config.micro_batch_examples)
-        return [total / count for total in self._sums.totals()]
+            count = max(1, int(all_reduce_sum(self._num_means.clone())))
+        return [total / count for total in totals]
 
     def state(self) -> dict[str, list[Tensor]]:
         """What an interrupted pass needs to go on, besides `num_batches`."""
-        return {"sums": self._sums.totals(), "squares": self._squares}
+        return {"sums": self._sums.totals(), "squares": self._squares, "means": [self._num_means]}
 
     def restore(self, state: Mapping[str, Sequence[Tensor]], num_batches: int) -> None:
         """Continue behind the first `num_batches` micro-batches."""
         self._sums.restore(state["sums"])
         for mine, saved in zip(self._squares, state["squares"], strict=True):
             mine.copy_(saved)
+        self._num_means.copy_(state["means"][0])
         self.num_batches = num_batches
 
     def close(self) -> None:
@@ -175,9 +179,9 @@ class FisherPass:
 
     def _add_squared_mean(self, batch: Batch) -> None:
         """`microbatch`: the gradient of the micro-batch's mean loss, squared."""
-        rows = num_rows(batch)
-        first = (self.num_batches * self._world_size + self._rank) * rows
-        weights = torch.full((rows,), 1.0 / max(1, min(rows, self._num_examples - first)))
+        num_valid = int(valid_rows(batch).sum())
+        weights = torch.full((num_rows(batch),), 1.0 / max(1, num_valid))
+        self._num_means += num_valid > 0
 
         def add(name: str, uses: list[Use]) -> None:
             total = self._sums.buffer(name)
@@ -198,11 +202,11 @@ class FisherPass:
         rows = num_rows(batch)
         size = group_size(self._config, self._num_examples)
         first = self.num_batches * self._world_size * rows
-        stop = min(first + self._world_size * rows, self._num_examples)
+        stop = first + self._world_size * rows
         places = first + self._rank * rows + torch.arange(rows)
         for group in range(first // size, -(-stop // size)):
-            self._add_sum(batch, ((places // size == group) & (places < self._num_examples)).float())
-            if (group + 1) * size <= stop or stop == self._num_examples:
+            self._add_sum(batch, (places // size == group).float())
+            if (group + 1) * size <= stop:
                 for squares, total in zip(self._squares, self._sums.totals(clears=True), strict=True):
                     squares.addcmul_(total, total)
 
@@ -268,6 +272,12 @@ class FisherPass:
 def num_rows(batch: Batch) -> int:
     """Examples of a micro-batch: the first dimension of its first tensor."""
     return int(next(value for value in batch.values() if isinstance(value, Tensor)).shape[0])
+
+
+def valid_rows(batch: Batch) -> Tensor:
+    """[rows] bool: rows that are examples and not padding (all of them without a `loss_mask`)."""
+    mask = batch.get("loss_mask")
+    return torch.ones(num_rows(batch), dtype=torch.bool) if mask is None else mask.any(1)
 
 
 def one_row(batch: Batch, row: int) -> dict[str, Any]:

@@ -166,9 +166,9 @@ class _Keeper:
                 action=f"remove {self._folder} to begin the Fisher anew",
             )
         tensors = load_file(file)
-        state = {
-            what: [tensors[f"{what}.{place}"] for place in range(len(tensors) // 2)] for what in ("sums", "squares")
-        }
+        state: dict[str, list[Tensor]] = {}
+        for key in sorted(tensors, key=lambda key: int(key.split(".")[1])):
+            state.setdefault(key.split(".")[0], []).append(tensors[key])
         fisher.restore(state, manifest["num_batches"])
 
     def save(self, fisher: FisherPass) -> None:
