@@ -167,7 +167,7 @@ for _ in 1 2 3 4 5; do
   setsid "$@" &
   child=$!
   while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
-  if [ -n "$stopped" ] || [ $((SECONDS - begun)) -gt 120 ]; then break; fi
+  if [ -n "$stopped" ] || [ $((SECONDS - begun)) -gt 300 ]; then break; fi
   sleep 3
 done
 rm -rf "$RAY_TMPDIR"'
@@ -195,11 +195,11 @@ done
 import sys, time
 import ray
 
-deadline = time.time() + 300
+deadline = time.time() + 600
 alive = 0
 while alive < int(sys.argv[1]):
     if time.time() > deadline:
-        sys.exit(f"only {alive} of {sys.argv[1]} nodes joined the Ray cluster within 300 s")
+        sys.exit(f"only {alive} of {sys.argv[1]} nodes joined the Ray cluster within 600 s")
     time.sleep(2)
     try:
         if not ray.is_initialized():

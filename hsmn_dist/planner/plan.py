@@ -91,6 +91,7 @@ class Plan:
         return {
             **data,
             "memory": {**memory, "largest": self.memory.largest},
+            "step": {**asdict(self.step), "total": self.step.total},
             "fits": self.fits,
             "cost_per_billion_tokens": self.cost_per_billion_tokens,
         }
