@@ -2,7 +2,7 @@
 
 | kind | main score | how |
 | --- | --- | --- |
-| multiple_choice | acc_norm | nll of each choice per byte; `accuracy` is by the plain sum, as lm-eval's acc_norm and acc |
+| multiple_choice | acc_norm | nll of each choice per byte; `accuracy` by the plain sum; `accuracy_letter` by the letter |
 | exact_answer | exact_match | final answer in the taught form, compared as mathematics; `exact_match_flexible` beside it |
 | open_question | exact_match | first line against any right answer, words normalised; `f1` beside it |
 | code | pass@1 | the program runs in the sandbox; not measured unless `runs_model_code` |
@@ -26,6 +26,8 @@ from hsmn_dist.evaluation.kind_scores import KindScores
 from hsmn_dist.models.generation import GenerationSettings
 from hsmn_dist.models.text_model import LogLikelihood, TextModel
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
 Scorer = Callable[[TextModel, Sequence[Example], EvaluationConfig], KindScores]
 
 
@@ -48,14 +50,29 @@ def _per_byte(result: LogLikelihood) -> float:
 
 
 def score_multiple_choice(model: TextModel, examples: Sequence[Example], settings: EvaluationConfig) -> KindScores:
-    """Likelihood of each choice after the context, which holds the lettered choices where the dataset has them."""
-    results = _grouped(model, [(example.context, example.meta["choices"]) for example in examples])
-    normalised, plain = [], []
-    for example, choices in zip(examples, results, strict=True):
-        gold = int(example.meta["gold"])
+    """Likelihood of each choice's text; and of its letter, where the context shows lettered choices."""
+    groups = []
+    for example in examples:
+        choices = list(example.meta["choices"])
+        groups.append((example.context, [*choices, *(LETTERS[: len(choices)] if shows_letters(example) else "")]))
+    normalised, plain, lettered = [], [], []
+    for example, results in zip(examples, _grouped(model, groups), strict=True):
+        gold, num_choices = int(example.meta["gold"]), len(example.meta["choices"])
+        choices, letters = results[:num_choices], results[num_choices:]
         normalised.append(metrics.choice_credit([_per_byte(choice) for choice in choices], gold))
         plain.append(metrics.choice_credit([choice.nll_sum for choice in choices], gold))
-    return KindScores("acc_norm", normalised, {"accuracy": plain}, {"extraction": "log-likelihood per byte"})
+        if letters:
+            lettered.append(metrics.choice_credit([letter.nll_sum for letter in letters], gold))
+    extra = {"accuracy": plain, "accuracy_letter": lettered}
+    return KindScores("acc_norm", normalised, extra, {"extraction": "log-likelihood per byte"})
+
+
+def shows_letters(example: Example) -> bool:
+    """Whether every choice stands in the context behind its letter ("B. a whale")."""
+    choices = example.meta["choices"]
+    return len(choices) <= len(LETTERS) and all(
+        f"\n{letter}. {choice}" in example.context for letter, choice in zip(LETTERS, choices, strict=False)
+    )
 
 
 def score_preference(model: TextModel, examples: Sequence[Example], settings: EvaluationConfig) -> KindScores:

@@ -42,6 +42,9 @@ class OracleTextModel:
                 texts |= {text for text, label in zip(meta["candidates"], meta["labels"], strict=True) if label}
             elif "choices" in meta:
                 texts.add(meta["choices"][meta["gold"]])
+                letter = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[meta["gold"]]
+                if example.kind == "multiple_choice" and letter not in meta["choices"]:
+                    texts.add(letter)
         return texts
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:

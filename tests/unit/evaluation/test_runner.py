@@ -51,6 +51,16 @@ def test_multiple_choice_is_scored_per_byte_and_by_the_plain_sum():
     assert (result.metric, result.score, result.extra) == ("acc_norm", 1.0, {"accuracy": 0.0})
 
 
+def test_lettered_choices_are_also_scored_by_their_letter():
+    shown = "Question: q\nA. red\nB. green\nAnswer: "
+    questions = [
+        example("multiple_choice", 0, context=shown, meta={"choices": ["red", "green"], "gold": 1}),
+        example("multiple_choice", 1, meta={"choices": ["red", "green"], "gold": 0}),
+    ]
+    result = evaluate_task(TableModel({"red": 0.1, "green": 9.0, "A": 2.0, "B": 1.0}), "t", questions, SETTINGS)
+    assert (result.score, result.extra) == (0.5, {"accuracy": 0.5, "accuracy_letter": 1.0}), "of the first one alone"
+
+
 def test_exact_answers_are_taken_strictly_and_flexibly():
     problems = [
         example("exact_answer", 0, target="2+2=4\n#### 4", meta={"answer": "4"}),
