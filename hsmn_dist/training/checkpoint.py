@@ -319,15 +319,19 @@ class Checkpointer:
                 work()
             except Exception as caught:
                 error = caught
-        messages = all_gather_objects("" if error is None else f"rank {self._world.rank}: {error}", self._group)
+        own = ("", 0) if error is None else (f"rank {self._world.rank}: {error}", getattr(error, "errno", None) or 0)
+        reports = all_gather_objects(own, self._group)
         if error is not None:
             raise error
-        if problems := [message for message in messages if message]:
-            raise CheckpointError(
-                f"{self.folder}: the checkpoint was not written ({problems[0]})",
-                allowed="a folder that every rank can write",
-                action="mend what the first rank's message names; older checkpoints are whole",
-            )
+        for message, number in reports:
+            if number:  # a full disk is a full disk on every rank, so that all are classified alike
+                raise OSError(number, f"{self.folder}: the checkpoint was not written ({message})")
+            if message:
+                raise CheckpointError(
+                    f"{self.folder}: the checkpoint was not written ({message})",
+                    allowed="a folder that every rank can write",
+                    action="mend what the message names; older checkpoints are whole",
+                )
 
 
 def _rng_name(rank: int) -> str:

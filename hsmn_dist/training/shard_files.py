@@ -7,6 +7,7 @@ writes `rank_NNNNN.safetensors`; the checkpoint's manifest (hashes, written last
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -100,9 +101,20 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def write_snapshot(folder: Path, rank: int, tensors: dict[str, Tensor], header: str) -> None:
-    """Write what `snapshot` took; a rank that owns nothing writes no file."""
-    if tensors:
-        save_file(tensors, shard_file(folder, rank), metadata={"hsmn_dist": header})
+    """Write what `snapshot` took; a rank that owns nothing writes no file.
+
+    Raises:
+        OSError: the disk is full (safetensors says so in words only).
+    """
+    if not tensors:
+        return
+    path = shard_file(folder, rank)
+    try:
+        save_file(tensors, path, metadata={"hsmn_dist": header})
+    except safetensors.SafetensorError as error:
+        if f"os error {errno.ENOSPC}" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
+        raise
 
 
 @dataclass

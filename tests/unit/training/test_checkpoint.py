@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 
 from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.errors import CheckpointError, StageFailed
+from hsmn_dist.training import shard_files
 from hsmn_dist.training.checkpoint import MANIFEST, SAVE_POINTS, Checkpointer, TrainState
 from hsmn_dist.training.engine import Engine
 from tests.support.models import tiny_batch
@@ -227,3 +229,21 @@ def test_a_background_save_that_failed_is_reported_by_the_next_one(tmp_path: Pat
     keeper.save(engine, TrainState(step=1), in_background=True)
     with pytest.raises(OSError, match="No space left"):
         keeper.save(engine, TrainState(step=2), in_background=True)
+
+
+def test_a_full_disk_is_an_operating_system_error_and_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, keeper = make_engine(tmp_path), Checkpointer(tmp_path / "c", World())
+    keeper.save(engine, TrainState(step=1))
+
+    def full(*_: object, **__: object) -> None:
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_files, "save_file", full)
+        with pytest.raises(OSError) as caught:
+            keeper.save(engine, TrainState(step=2))
+    assert caught.value.errno == 28
+    keeper.save(engine, TrainState(step=3))
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step_00000001", "step_00000003"]
