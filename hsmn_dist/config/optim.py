@@ -41,7 +41,7 @@ class _MatrixRuleConfig(Section):
 
 
 class MuonConfig(_MatrixRuleConfig):
-    """torch.optim.Muon with steps as large as AdamW's (arXiv 2502.16982). Whole matrices only: zero_stage 0, or local."""
+    """torch.optim.Muon with steps as large as AdamW's (arXiv 2502.16982). On ZeRO stages 1 to 3 each matrix has an owner rank."""
 
     kind: Literal["muon"] = "muon"
     momentum: float = Field(0.95, ge=0, lt=1, description="Decay of the momentum.")
@@ -50,7 +50,7 @@ class MuonConfig(_MatrixRuleConfig):
 
 
 class M3Config(_MatrixRuleConfig):
-    """Multi-scale momentum Muon (arXiv 2512.24695, Algorithm 1). Whole matrices only: zero_stage 0, or local."""
+    """Multi-scale momentum Muon (arXiv 2512.24695, Algorithm 1). On ZeRO stages 1 to 3 each matrix has an owner rank."""
 
     kind: Literal["m3"] = "m3"
     mode: Literal["normalised", "paper"] = Field(
@@ -65,7 +65,7 @@ class M3Config(_MatrixRuleConfig):
 
 
 class DeepMomentumConfig(_MatrixRuleConfig):
-    """Momenta as memories (arXiv 2512.24695, equations 47 to 50). Whole matrices only: zero_stage 0, or local."""
+    """Momenta as memories (arXiv 2512.24695, equations 47 to 50). On ZeRO stages 1 to 3 each matrix has an owner rank."""
 
     kind: Literal["deep_momentum"] = "deep_momentum"
     variant: Literal["preconditioned", "delta", "dmgd"] = Field("delta", description="Which memory the momentum is.")

@@ -80,8 +80,8 @@ def check_matrices(groups: Iterable[dict[str, Any]]) -> None:
     if wrong:
         raise ModelError(
             f"a matrix rule for parameters of shape {wrong[:3]}",
-            allowed="two-dimensional parameters (whole ones: not the flat pieces of ZeRO stages above 0)",
-            action="use training.zero_stage 0, or optim.optimizer.kind adam with this ZeRO stage",
+            allowed="two-dimensional parameters (whole ones, not ZeRO's flat pieces)",
+            action="give each matrix an owner rank as training.owned_matrices does, or use optim.optimizer.kind adam",
         )
 
 

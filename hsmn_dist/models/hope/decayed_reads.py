@@ -112,7 +112,7 @@ def _training_reads(
 def _fast_modules(reaches: tuple[int, ...], size: int) -> tuple[list[bool], int]:
     """Which modules reach less than a chunk back, and the farthest reach among them."""
     is_fast = [reach < size for reach in reaches]
-    return is_fast, max((reach for reach, fast in zip(reaches, is_fast, strict=True) if fast), default=0)
+    return is_fast, max([0, *(reach for reach in reaches if reach < size)])
 
 
 def _window_reads(
@@ -218,10 +218,14 @@ def _inner_reads(
     distance = steps[:, None] - steps[None, :] - offset
     table = powers[:, distance.clamp(min=0)] * (distance >= 0).to(powers.dtype)  # [M, C, C]
     table = table * inputs.scales[:, None, None]
+    scores = query @ key.mT
+    if len(table) == 1:
+        # One module: its gain scales rows of the result, and no matrix of weights is needed.
+        mix = table[0] if layout.is_same is None else table[0] * layout.is_same[:, None]
+        return (scores * mix.to(scores.dtype)) @ value * gains.to(value.dtype)
     mix = torch.einsum("bhnim,mij->bhnij", gains, table.to(gains.dtype))
     if layout.is_same is not None:
         mix = mix * layout.is_same[:, None]
-    scores = query @ key.mT
     return (scores * mix.to(scores.dtype)) @ value
 
 

@@ -143,19 +143,32 @@ class LinearMixer(nn.Module):
         query, key, value = (split_heads(t, self.num_heads) for t in self.project(x).chunk(3, -1))
         query, key = F.elu(query) + 1.0, F.elu(key) + 1.0
         one = torch.ones(1, dtype=torch.promote_types(query.dtype, torch.float32), device=x.device)
-        gains = one.expand(*query.shape[:3], 1)
-        unit = torch.ones_like(value[..., :1])
-        inputs = ReadInputs(query, key, unit, gains, one, one, info.segments, info.valid)
-        total, normaliser = decayed_reads(
-            inputs, None if state is None else state.normaliser, self.chunk_size, info.returns_state
-        )
-        gains = 1.0 / total.to(gains.dtype)
+        total, normaliser = self._normalised(query, key, state, info, one)
+        gains = 1.0 / total.to(one.dtype)
         inputs = ReadInputs(rotated(query, info), rotated(key, info), value, gains, one, one, info.segments, info.valid)
         read, memory = decayed_reads(
             inputs, None if state is None else state.memory, self.chunk_size, info.returns_state
         )
         after = None if memory is None or normaliser is None else LinearState(memory, normaliser)
         return self.output(merge_heads(read)), after, {}
+
+    def _normalised(
+        self, query: Tensor, key: Tensor, state: LinearState | None, info: SequenceInfo, one: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """phi(q_t) . sum of phi(k_s), s <= t: [B, H, T, 1], and the sum after the last token when it is wanted."""
+        if state is None and info.segments is None and not info.returns_state:
+            return (query.to(one.dtype) * key.to(one.dtype).cumsum(2)).sum(-1, keepdim=True), None
+        inputs = ReadInputs(
+            query,
+            key,
+            torch.ones_like(key[..., :1]),
+            one.expand(*query.shape[:3], 1),
+            one,
+            one,
+            info.segments,
+            info.valid,
+        )
+        return decayed_reads(inputs, None if state is None else state.normaliser, self.chunk_size, info.returns_state)
 
 
 def _last_valid(segments: Tensor, valid: Tensor) -> Tensor:
