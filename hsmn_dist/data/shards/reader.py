@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from json.scanner import make_scanner
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ CACHE_BYTES = 16 * 2**30
 MAX_OPEN_LOCAL = 512
 MAX_OPEN_REMOTE = 32
 
-_JSON = json.JSONDecoder()
+_scan_json = make_scanner(json.JSONDecoder())
 Tokens = tuple[np.ndarray, np.ndarray]
 
 
@@ -154,11 +155,11 @@ class SplitReader:
         for number, block, num_bytes in zip(numbers, blocks, rows["example_bytes"].tolist(), strict=True):
             try:
                 text = block[BLOCK_BYTES : BLOCK_BYTES + num_bytes].decode("utf-8")
-                value, end = _JSON.raw_decode(text)  # json.loads would look for the encoding first
+                value, end = _scan_json(text, 0)  # json.loads would look for the encoding and for blanks first
                 if end != len(text):
                     raise ValueError(f"more than one value, at character {end}")
                 found.append(value)
-            except ValueError as error:
+            except (ValueError, StopIteration) as error:
                 raise _damaged(self._where(number), f"its JSON cannot be decoded ({error})") from error
         return found
 
