@@ -7,8 +7,9 @@ writes `rank_NNNNN.safetensors`; the checkpoint's manifest (hashes, written last
 
 from __future__ import annotations
 
-import errno
 import json
+import os
+import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,7 @@ def write_snapshot(folder: Path, rank: int, tensors: dict[str, Tensor], header: 
     """Write what `snapshot` took; a rank that owns nothing writes no file.
 
     Raises:
-        OSError: the disk is full (safetensors says so in words only).
+        OSError: the disk is full or fails; safetensors says which in its message only.
     """
     if not tensors:
         return
@@ -112,8 +113,9 @@ def write_snapshot(folder: Path, rank: int, tensors: dict[str, Tensor], header: 
     try:
         save_file(tensors, path, metadata={"hsmn_dist": header})
     except safetensors.SafetensorError as error:
-        if f"os error {errno.ENOSPC}" in str(error):
-            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(found.group(1))
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
 
 

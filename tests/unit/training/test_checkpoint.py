@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable
@@ -247,3 +249,21 @@ def test_a_full_disk_is_an_operating_system_error_and_leaves_the_last_checkpoint
     assert caught.value.errno == 28
     keeper.save(engine, TrainState(step=3))
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step_00000001", "step_00000003"]
+
+
+def test_a_file_that_cannot_be_written_to_its_end_is_an_operating_system_error(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+    report = tmp_path / "report"
+
+    def save_with_little_room() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            (tmp_path / "saved").mkdir()
+            tensors, header = engine.snapshot()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+            shard_files.write_snapshot(tmp_path / "saved", 0, tensors, header)
+        except OSError as error:
+            report.write_text(f"{error.errno}")
+
+    in_a_process_that_dies(save_with_little_room)
+    assert int(report.read_text()) == errno.EFBIG
