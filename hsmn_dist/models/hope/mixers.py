@@ -140,11 +140,12 @@ class LinearMixer(nn.Module):
         self, x: Tensor, state: LinearState | None, info: SequenceInfo
     ) -> tuple[Tensor, LinearState | None, dict[str, Tensor]]:
         """[B, T, D] -> [B, T, D], the memory after the last token when it is wanted, and no health scalars."""
-        query, key, value = (split_heads(t, self.num_heads) for t in self.project(x).chunk(3, -1))
+        query, key, value = self.project(x).chunk(3, -1)
         query, key = F.elu(query) + 1.0, F.elu(key) + 1.0
         one = torch.ones(1, dtype=torch.promote_types(query.dtype, torch.float32), device=x.device)
         total, normaliser = self._normalised(query, key, state, info, one)
         gains = 1.0 / total.to(one.dtype)
+        query, key, value = (split_heads(t, self.num_heads) for t in (query, key, value))
         inputs = ReadInputs(rotated(query, info), rotated(key, info), value, gains, one, one, info.segments, info.valid)
         read, memory = decayed_reads(
             inputs, None if state is None else state.memory, self.chunk_size, info.returns_state
@@ -155,9 +156,11 @@ class LinearMixer(nn.Module):
     def _normalised(
         self, query: Tensor, key: Tensor, state: LinearState | None, info: SequenceInfo, one: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """phi(q_t) . sum of phi(k_s), s <= t: [B, H, T, 1], and the sum after the last token when it is wanted."""
+        """[B, T, D] twice to phi(q_t) . sum of phi(k_s), s <= t [B, H, T, 1]; and the last sum when it is wanted."""
         if state is None and info.segments is None and not info.returns_state:
-            return (query.to(one.dtype) * key.to(one.dtype).cumsum(2)).sum(-1, keepdim=True), None
+            product = query.to(one.dtype) * key.to(one.dtype).cumsum(1)
+            return product.unflatten(-1, (self.num_heads, -1)).sum(-1).transpose(1, 2)[..., None], None
+        query, key = split_heads(query, self.num_heads), split_heads(key, self.num_heads)
         inputs = ReadInputs(
             query,
             key,
