@@ -13,12 +13,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from hsmn_dist.config.models import ModelConfig, PruningConfig
+from hsmn_dist.config.models import PruningConfig
 from hsmn_dist.distributed.collectives import all_reduce_sum
 from hsmn_dist.distributed.shards import ParamShard
 from hsmn_dist.models.pruning import compute_mask, is_mask_step, mask_step, sparsity_at_step
 from hsmn_dist.tracking import metric_names as names
-from hsmn_dist.training.engine import Engine
 from hsmn_dist.training.whole_weights import gather_weights
 
 
@@ -77,11 +76,3 @@ class PruningMask:
         )
         num_masked, num_all = all_reduce_sum(counts).tolist()
         return num_masked / max(num_all, 1.0)
-
-
-def build_mask(config: ModelConfig, engine: Engine) -> PruningMask | None:
-    """The mask that the model's section asks for; None where it asks for none."""
-    pruning = getattr(config, "pruning", None)
-    if pruning is None or pruning.schedule == "none":
-        return None
-    return PruningMask(pruning, engine.module.prunable_parameters(), engine.num_shard_copies)
