@@ -23,7 +23,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -324,8 +324,9 @@ class _Tail:
 class FolderUploader:
     """Uploads the files of one folder (of the run, or of one stage) from their beginning, as far as they go."""
 
-    def __init__(self, writer: MlflowWriter, folder: Path) -> None:
+    def __init__(self, writer: MlflowWriter, folder: Path, is_cancelled: Callable[[], bool] = lambda: False) -> None:
         self._writer = writer
+        self._is_cancelled = is_cancelled
         self._metrics = _Tail(folder / METRICS_NAME)
         self._events = _Tail(folder / EVENTS_NAME)
         self._applied: dict[str, int] = {}
@@ -340,6 +341,7 @@ class FolderUploader:
 
     def _upload_metrics(self) -> None:
         while raw_lines := self._metrics.read(_MAX_METRICS):
+            self._check_cancelled()
             lines = []
             for number, raw in enumerate(raw_lines, self._metrics.number + 1):
                 try:
@@ -352,6 +354,7 @@ class FolderUploader:
     def _upload_events(self, last_ones: bool) -> None:
         """Apply events; a finish waits until the metrics before it are up, so that a finished run is whole."""
         while raw_lines := self._events.read(1):
+            self._check_cancelled()
             number = self._events.number + 1
             try:
                 event = json.loads(raw_lines[0])
@@ -367,6 +370,10 @@ class FolderUploader:
             if number > self._applied[stage]:
                 self._writer.write_event(event, number)
             self._events.commit()
+
+    def _check_cancelled(self) -> None:
+        if self._is_cancelled():
+            raise ConnectionAbortedError("the upload was given up")
 
 
 class MlflowTracker(NullTracker):
@@ -397,7 +404,8 @@ class MlflowTracker(NullTracker):
         self._finish_timeout_seconds = finish_timeout_seconds
         self._sampler = SystemSampler(system_metrics_seconds)
         self._writer = MlflowWriter(place)
-        self._uploader = FolderUploader(self._writer, folder)
+        self._has_given_up = threading.Event()
+        self._uploader = FolderUploader(self._writer, folder, self._has_given_up.is_set)
         self._failures = 0
         self._is_closing = threading.Event()
         self._is_done = threading.Event()
@@ -413,6 +421,8 @@ class MlflowTracker(NullTracker):
         self._is_closing.set()
         self._is_done.wait(self._finish_timeout_seconds)
         if not self._is_whole:
+            # A request that hangs may still come through; after it this thread must not race with a `track sync`.
+            self._has_given_up.set()
             _log.warning(
                 "MLflow at %s does not have all of %s yet; `hsmn-dist track sync` uploads the rest",
                 self.place.uri,

@@ -182,34 +182,45 @@ def signal_group(process: subprocess.Popen, number: signal.Signals) -> None:
     os.killpg(process.pid, number)
 
 
-def drive(tracker, steps: range, seconds_per_step: float) -> float:
-    """Log like a training loop; returns the longest time that one call took."""
-    longest = 0.0
-    for step in steps:
-        began = time.perf_counter()
-        tracker.log_metrics({"train/loss_nats": 1.0 / (step + 1), "perf/step_seconds": seconds_per_step}, step)
-        longest = max(longest, time.perf_counter() - began)
-        time.sleep(seconds_per_step)
-    return longest
+TRAINING = """
+import sys, time
+from pathlib import Path
+from hsmn_dist.config.tracking import TrackingConfig
+from hsmn_dist.tracking.build import TrackedRun, build_tracker
+root, uri = Path(sys.argv[1]), sys.argv[2]
+config = TrackingConfig(uri=uri, flush_seconds=0.1, finish_timeout_seconds=1.0, system_metrics_seconds=0.0)
+tracker = build_tracker(config, TrackedRun(root, root / "r1", "r1", "00_a", 0))
+longest = 0.0
+for step in range(250):
+    if step == 150:
+        print("half", flush=True)
+        sys.stdin.readline()
+    began = time.perf_counter()
+    tracker.log_metrics({"train/loss_nats": 1.0 / (step + 1), "perf/step_seconds": 0.02}, step)
+    longest = max(longest, time.perf_counter() - began)
+    time.sleep(0.02)
+began = time.perf_counter()
+tracker.finish("finished")
+print(longest, time.perf_counter() - began, flush=True)
+"""
 
 
 def test_a_server_killed_in_mid_run_costs_no_step_and_no_point(tmp_path):
-    port, step_seconds = free_port(), 0.02
-    run_folder = tmp_path / "runs" / "r1"
-    run = TrackedRun(tmp_path / "runs", run_folder, "r1", "00_a")
+    port = free_port()
+    uri, run_folder = f"http://127.0.0.1:{port}", tmp_path / "runs" / "r1"
     with mlflow_server(tmp_path, port) as server:
-        tracker = build_tracker(config(uri=f"http://127.0.0.1:{port}", finish_timeout_seconds=1.0), run)
-        waits = [drive(tracker, range(0, 150), step_seconds)]
-        signal_group(server, signal.SIGKILL)
-        server.wait()
-        waits.append(drive(tracker, range(150, 250), step_seconds))
-        began = time.monotonic()
-        tracker.finish("finished")
-        assert time.monotonic() - began < 5, "finish gives up after its time-out"
-    # One step is 20 ms; a call that waited for the network would take seconds.
-    assert max(waits) < 1.0, waits
+        command = [sys.executable, "-c", TRAINING, str(tmp_path / "runs"), uri]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as training:
+            assert training.stdout.readline() == "half\n"
+            signal_group(server, signal.SIGKILL)
+            server.wait()
+            output, _ = training.communicate("go on\n", timeout=120)
+        assert training.returncode == 0
+    longest_call, finish_seconds = map(float, output.split())
+    # A call that waited for the network would take seconds (3 s to notice a dead server, minutes to give up on it).
+    assert longest_call < 1.0
+    assert finish_seconds < 5.0, "finish gives up after its time-out"
     with mlflow_server(tmp_path, port):
-        uri = f"http://127.0.0.1:{port}"
         client = mlflow.MlflowClient(uri)
         missing = 500 - sum(count_points(client, "r1").values())
         assert missing >= 200, "the second part cannot have reached a dead server"

@@ -151,6 +151,15 @@ def test_more_points_than_a_batch_holds_arrive_in_order(connected, tmp_path):
     assert [point[2] for point in server.points if point[1] == "a"] == list(range(1300))
 
 
+def test_an_upload_that_was_given_up_sends_nothing_more(connected, tmp_path):
+    server = FlakyServer(0, loss=0.0)
+    JsonlTracker(tmp_path, "00_a").log_metrics({"a": 1.0}, 0)
+    uploader = FolderUploader(connected(server), tmp_path, is_cancelled=lambda: True)
+    with pytest.raises(ConnectionAbortedError):
+        uploader.upload()
+    assert (server.points, server.applied) == ([], [])
+
+
 def test_a_line_that_is_being_written_is_taken_up_when_it_is_whole(connected, tmp_path):
     server = FlakyServer(0, loss=0.0)
     JsonlTracker(tmp_path, "00_a").log_metrics({"a": 1.0}, 0)
