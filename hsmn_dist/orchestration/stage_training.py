@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hsmn_dist.config.curriculum import StageConfig
 from hsmn_dist.continual.ewc import EwcMemory, EwcPenalty
 from hsmn_dist.continual.fisher import fisher_record
@@ -20,7 +18,7 @@ from hsmn_dist.data.stream.plan import StreamSettings, StreamSource
 from hsmn_dist.data.tokenizer import TOKENIZER_NAME
 from hsmn_dist.distributed.collectives import barrier, broadcast_object
 from hsmn_dist.distributed.determinism import derived_seed, seed_everything
-from hsmn_dist.models.build import build_model, construct_model
+from hsmn_dist.models.build import build_model
 from hsmn_dist.optim.schedules import learning_rate
 from hsmn_dist.orchestration.rank_context import RankContext
 from hsmn_dist.orchestration.report import run_tags
@@ -81,20 +79,12 @@ class StageTraining:
         """Weights are drawn from the run's seed, the same on all ranks; later stages take over the stage before's."""
         config = self._config
         seed_everything(config.seed)
-        engine = build_engine(
-            config.training, self._optim(), lambda: build_model(config.model), self._context.world, self._periods()
-        )
+        engine = build_engine(config.training, self._optim(), lambda: build_model(config.model), self._context.world)
         if self._spec.index > 0:
             before = self._stages[self._spec.index - 1]
             engine.load_weights(load_weights(self._context.folder.stage(self._spec.index - 1, before.name).weights))
         seed_everything(derived_seed(config.seed, "stage", self._spec.index), self._context.world.rank)
         return engine
-
-    def _periods(self) -> dict[str, int]:
-        """Optimizer steps between two updates by parameter name, where a family has such (CMS, cadence `optimizer`)."""
-        with torch.device("meta"):
-            periods = getattr(construct_model(self._config.model), "parameter_periods", None)
-        return periods() if periods is not None else {}
 
     def _mask(self, engine: Engine) -> PruningMask | None:
         pruning = getattr(self._config.model, "pruning", None)
