@@ -34,7 +34,7 @@ MAY_IMPORT = {
 GATES = {
     "deepspeed": ["training/deepspeed_engine.py", "training/zero_shards.py"],
     "ray": ["orchestration/ray_launcher.py", "orchestration/ray_executor.py", "orchestration/ray_jobs.py"],
-    "mlflow": ["tracking/mlflow_tracker.py", "tracking/mlflow_model.py", "evaluation/mlflow_model.py"],
+    "mlflow": ["tracking/mlflow_tracker.py", "tracking/mlflow_model.py"],
     "lm_eval": ["evaluation/lm_eval_adapter.py"],
     "webdataset": ["data/shards/writer.py", "data/shards/reader.py"],
     "transformers": ["data/tokenizer.py", "models/transformers_wrapper.py"],

@@ -48,6 +48,10 @@ def command(
         assert config is not None
         overrides = [*assignments, *([f"cluster.launcher={launcher}"] if launcher else [])]
         run = create_run(load_run_config(config, overrides))
+    if run.config.evaluation.runs_model_code:
+        from hsmn_dist.evaluation.sandbox import Sandbox
+
+        Sandbox()  # refuses here, not after hours of training, where programs cannot be confined
     from hsmn_dist.cli.drive import drive
 
     drive(run, launcher or run.config.cluster.launcher, quiet=quiet)

@@ -112,6 +112,9 @@ def write_report(folder: RunFolder, tracker: Tracker) -> None:
         tracker.log_figure(picture)
     for path in written.values():
         tracker.log_artifact(path)
+    for name, place in read_json(folder.prepared)["folders"].items():
+        index = load_index(Path(place))
+        tracker.log_dataset(name, index.config_digest, str(index.notes.get("origin", {}).get("source", name)))
     last = len(card.stages) - 1
     values = {
         name: float(card.transfer_scores[key])
