@@ -91,22 +91,17 @@ def _training_reads(
     size = query.shape[-2]
     is_fast, window = _fast_modules(inputs.reaches or (2**31,) * len(inputs.decays), size)
     slow = [m for m, fast in enumerate(is_fast) if not fast]
-    rest = reads[:, :, 1:]
+    # Padding and whole products, not slices: the backward pass of a slice fills the full tensor with zeros.
     if window:
         fast = [m for m in range(len(is_fast)) if is_fast[m]]
-        first = _window_reads(query, key, value, gains[..., fast], inputs, powers[fast], inputs.scales[fast], window)
-        rest = torch.cat([rest[..., :window, :] + first, rest[..., window:, :]], -2)
+        seen = _window_reads(query, key, value, gains[..., fast], inputs, powers[fast], inputs.scales[fast], window)
+        reads = reads + torch.nn.functional.pad(seen, (0, 0, 0, size - window, 1, 0))
     if slow:
         some = replace(inputs, decays=inputs.decays[slow], scales=inputs.scales[slow])
         carried, _ = _carry(key, value, some, None, layout, powers[slow], False)
         assert carried is not None
-        later = _Layout(layout.ages, layout.counts, None, None, None, None)
-        if layout.is_continued is not None:
-            later.is_continued = layout.is_continued[:, 1:]
-        rest = rest + _outer_reads(
-            query[:, :, 1:], gains[:, :, 1:, :, slow], carried[:, :, 1:], some, later, powers[slow]
-        )
-    return torch.cat([reads[:, :, :1], rest], 2).flatten(2, 3)
+        reads = reads + _outer_reads(query, gains[..., slow], carried, some, layout, powers[slow])
+    return reads.flatten(2, 3)
 
 
 def _fast_modules(reaches: tuple[int, ...], size: int) -> tuple[list[bool], int]:
@@ -250,10 +245,12 @@ def _carry(
         fading = fading * layout.survives[..., None]
     starts = [memory]
     if last:
-        scaled = key[:, :, :last, :, None] * weights[:, None, :last, :, :, None].to(key.dtype)
-        writes = scaled.flatten(-2).mT @ value[:, :, :last]  # [B, H, n, M * K, J]
-        writes = writes.reshape(batch, heads, last, modules, width, -1).to(_wide(writes.dtype))
-        for chunk, written in enumerate(writes.unbind(2)):  # one backward step, where indexing would fill zeros n times
+        count = num_chunks if num_chunks >= 8 else last  # one write too many costs less than two slices
+        keys, values = (key, value) if count == num_chunks else (key[:, :, :count], value[:, :, :count])
+        scaled = keys[..., None, :] * weights[:, None, :count, :, :, None].to(key.dtype)
+        writes = scaled.flatten(-2).mT @ values  # [B, H, n, M * K, J]
+        writes = writes.reshape(batch, heads, count, modules, width, -1).to(_wide(writes.dtype))
+        for chunk, written in enumerate(writes.unbind(2)[:last]):  # one backward step, where indexing takes n
             before = starts[-1]
             kept = None if before is None else before * fading[:, None, chunk, :, None, None].to(before.dtype)
             starts.append(written if kept is None else kept + written)
