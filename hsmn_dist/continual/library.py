@@ -9,8 +9,8 @@
         ewc.learn_task(task_batches, loss_of)  # Fisher of the weights as they are now, merged into two buffers
 
 `loss_of(model, batch)` gives the negative log-likelihood of each example, [rows]; a batch is a dict of tensors whose first
-dimension is the example. Parameters that FSDP2 or tensor parallelism hold as `DTensor`s cut along dimension 0 are worked on
-as the local pieces that they are.
+dimension is the example. `DTensor`s cut along dimension 0 (FSDP2) have their local pieces penalised; that part was written from
+the interface and is held by no test yet.
 
 Source: continual.md sections 1 to 3.
 """
