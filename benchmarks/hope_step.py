@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from hsmn_dist.config.models import HopeConfig
 from hsmn_dist.models.contract import ModelInput, cross_entropy
 from hsmn_dist.models.hope.model import HopeModel
-from hsmn_dist.models.layers.rotary import rotary_table, rotate
+from hsmn_dist.models.layers.rotary import RotaryTable, rotary_table, rotate
 
 Step = Callable[[Tensor], None]
 
@@ -34,9 +34,12 @@ class DenseBlock(nn.Module):
         self.project, self.output = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, table: RotaryTable) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
         batch, tokens, width = x.shape
-        heads = (t.reshape(batch, tokens, self.heads, -1).transpose(1, 2) for t in self.project(self.norm1(x)).chunk(3, -1))
+        heads = (
+            t.reshape(batch, tokens, self.heads, -1).transpose(1, 2) for t in self.project(self.norm1(x)).chunk(3, -1)
+        )
         query, key, value = heads
         read = F.scaled_dot_product_attention(rotate(query, table), rotate(key, table), value, is_causal=True)
         x = x + self.output(read.transpose(1, 2).reshape(batch, tokens, width))
@@ -54,6 +57,7 @@ class Dense(nn.Module):
         self.norm, self.head = nn.RMSNorm(width, eps=1e-6), nn.Linear(width, vocab, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Mean loss of the next tokens of [B, T]."""
         table = rotary_table(torch.arange(tokens.shape[1] - 1), self.head_dim)
         x = self.embedding(tokens[:, :-1])
         for block in self.blocks:
@@ -156,7 +160,9 @@ def measure(arguments: argparse.Namespace, tokens_per_row: int) -> list[dict[str
     titans = None if arguments.only else titans_step(arguments)
     if titans is not None:
         dense = dense_like(arguments, titans[1])
-        entries.append(("titans-pytorch MAC", titans[0], dense_step(dense), num_parameters(titans[1]), num_parameters(dense)))
+        entries.append(
+            ("titans-pytorch MAC", titans[0], dense_step(dense), num_parameters(titans[1]), num_parameters(dense))
+        )
     times: dict[str, list[tuple[float, float, float, float]]] = {entry[0]: [] for entry in entries}
     for number in range(arguments.rounds + 1):
         for name, ours, theirs, _, _ in entries:
