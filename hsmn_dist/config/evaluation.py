@@ -24,7 +24,9 @@ class EvaluationConfig(Section):
     code_samples: int = Field(
         1, ge=1, description="Programs drawn per problem; pass@k is estimated for k of 1, 10, 100 up to this number."
     )
-    sandbox_memory_bytes: int = Field(512 * 2**20, ge=64 * 2**20, description="Memory limit of one process of a program.")
+    sandbox_memory_bytes: int = Field(
+        512 * 2**20, ge=64 * 2**20, description="Memory limit of one process of a program."
+    )
     sandbox_workers: int = Field(2, ge=1, description="Programs that run at the same time.")
     bootstrap_samples: int = Field(
         1000, ge=0, description="Resamples of the 95 percent confidence interval; 0 leaves it out."

@@ -57,7 +57,8 @@ class RayLauncher:
         message = "the worker group ended"
         try:
             trainer.fit()
-        except ray.train.TrainingFailedError as error:
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+            # RayError: the cluster itself died under us, as it does when a machine is told to leave.
             message = f"Ray Train gave up: {error}"
         raise_for_records(specs, message)
 
