@@ -23,6 +23,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "Score the weights of a stage, or any exported weights."),
     "generate": ("generate", "Write text with a trained model."),
     "scorecard": ("scorecard", "Rebuild, print and compare scorecards."),
+    "compare": ("compare", "Runs side by side: a table, heat maps, forgetting curves."),
+    "fisher": ("fisher", "The Fisher of weights trained anywhere, to continue from."),
     "runs": ("runs", "List runs, show one, say why one failed."),
     "ensure": ("ensure", "Bring the run of a name to its end: start, resume or follow it; safe to repeat."),
     "submit": ("submit", "Submit a run to a Ray cluster, follow it, return its exit code."),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hsmn_dist.evaluation.figures import _new_figure, _save, draw_forgetting, draw_matrix
+from hsmn_dist.evaluation.figures import draw_forgetting, draw_matrix, new_figure, save_figure
 from hsmn_dist.evaluation.scorecard import Scorecard
 from hsmn_dist.foundation.errors import DataError
 from hsmn_dist.foundation.files import write_json, write_text
@@ -88,7 +88,7 @@ def comparison_markdown(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) ->
 
 def comparison_figure(cards: Sequence[Scorecard], labels: Sequence[str], path: Path) -> Path:
     """A column for each run: heat map of the losses above, forgetting over the stages below."""
-    figure = _new_figure(4.6 * len(cards), 7.6)
+    figure = new_figure(4.6 * len(cards), 7.6)
     axes = figure.subplots(2, len(cards), squeeze=False)
     for column, (card, label) in enumerate(zip(cards, labels, strict=True)):
         draw_matrix(axes[0][column], card, is_loss=True)
@@ -98,7 +98,7 @@ def comparison_figure(cards: Sequence[Scorecard], labels: Sequence[str], path: P
     high = max(axis.get_ylim()[1] for axis in axes[1])
     for axis in axes[1]:
         axis.set_ylim(low, high)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _picked(metrics: dict[str, Any] | None, sign: float) -> dict[str, Any] | None:

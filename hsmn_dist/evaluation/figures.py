@@ -22,7 +22,8 @@ Series = Mapping[str, Sequence[tuple[int, float]]]
 _DPI = 110
 
 
-def _new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of a size in inches, drawn without a display."""
     figure_module = require("matplotlib.figure")
     canvas_module = require("matplotlib.backends.backend_agg")
     figure = figure_module.Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
@@ -30,7 +31,8 @@ def _new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a figure as PNG, whole or not at all; gives the path."""
     with atomic_path(path) as aside:
         figure.savefig(aside, format="png")
     return path
@@ -93,21 +95,21 @@ def draw_forgetting(axes: Any, card: Scorecard, is_loss: bool) -> None:
 def matrix_figure(card: Scorecard, path: Path) -> Path:
     """Heat maps of scores and losses, side by side."""
     width = max(4.5, 1.1 * len(card.tasks) + 2.5)
-    figure = _new_figure(2 * width, 0.6 * len(card.stages) + 2.2)
+    figure = new_figure(2 * width, 0.6 * len(card.stages) + 2.2)
     draw_matrix(figure.add_subplot(1, 2, 1), card, is_loss=False)
     draw_matrix(figure.add_subplot(1, 2, 2), card, is_loss=True)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def scorecard_figure(card: Scorecard, path: Path) -> Path:
     """The scorecard as one picture: both heat maps, and both bundles of curves."""
     width = max(5.0, 1.1 * len(card.tasks) + 2.5)
-    figure = _new_figure(2 * width, 0.6 * len(card.stages) + 6.5)
+    figure = new_figure(2 * width, 0.6 * len(card.stages) + 6.5)
     figure.suptitle(f"{card.run.get('run_id', '')}  {card.run.get('family', '')}".strip(), fontsize=11)
     for place, is_loss in ((1, False), (2, True)):
         draw_matrix(figure.add_subplot(2, 2, place), card, is_loss)
         draw_forgetting(figure.add_subplot(2, 2, place + 2), card, is_loss)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def loss_figure(stages: Mapping[str, Series], path: Path) -> Path:
@@ -117,7 +119,7 @@ def loss_figure(stages: Mapping[str, Series], path: Path) -> Path:
         stages: stage name -> metric name -> (step, value) points, as `read_series` gives them.
         path: where the PNG goes.
     """
-    figure = _new_figure(9.0, 4.0)
+    figure = new_figure(9.0, 4.0)
     axes = figure.add_subplot(1, 1, 1)
     names = {
         metric_names.TRAIN_LOSS: ("train", "-", 0.6),
@@ -145,12 +147,12 @@ def loss_figure(stages: Mapping[str, Series], path: Path) -> Path:
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def gradient_figure(series: Series, path: Path) -> Path:
     """Gradient norm of the whole model and of its components, logarithmic."""
-    figure = _new_figure(9.0, 4.0)
+    figure = new_figure(9.0, 4.0)
     axes = figure.add_subplot(1, 1, 1)
     for name, points in sorted(series.items()):
         is_component = name.startswith(metric_names.GRADIENT_NORM_PREFIX)
@@ -164,13 +166,13 @@ def gradient_figure(series: Series, path: Path) -> Path:
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("gradient norm before clipping")
     axes.grid(alpha=0.3)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def recall_figure(result: RecallResult, path: Path) -> Path:
     """The heat map of recall, depth of the fact (row, 0 is the beginning) by length: written out, and chosen among keys."""
     lengths, depths = result.settings["lengths"], result.settings["depths"]
-    figure = _new_figure(2 * (0.9 * len(lengths) + 2.2), 0.45 * len(depths) + 2.2)
+    figure = new_figure(2 * (0.9 * len(lengths) + 2.2), 0.45 * len(depths) + 2.2)
     chance = 1.0 / result.settings["num_choices"]
     titles = ((result.recalled, "written out"), (result.chosen, f"chosen among keys (chance {100 * chance:.0f}%)"))
     for place, (scores, title) in enumerate(titles, 1):
@@ -189,7 +191,7 @@ def recall_figure(result: RecallResult, path: Path) -> Path:
         axes.set_title(title, fontsize=10)
     figure.suptitle(f"recall, {result.settings['kind']}, {result.settings['num_trials']} questions a cell", fontsize=10)
     figure.colorbar(image, ax=figure.axes, label="share of questions", fraction=0.05)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def study_figure(variants: Mapping[str, tuple[Sequence[float], Sequence[float] | None]], path: Path) -> Path:
@@ -199,7 +201,7 @@ def study_figure(variants: Mapping[str, tuple[Sequence[float], Sequence[float] |
         variants: method -> (end losses by seed, forgetting by seed or None), in nats per target token.
         path: where the PNG goes.
     """
-    figure = _new_figure(11.0, 0.4 * len(variants) + 2.0)
+    figure = new_figure(11.0, 0.4 * len(variants) + 2.0)
     titles = ("loss of all tasks at the end (nats)", "forgetting (nats)")
     for place, title in enumerate(titles):
         axes = figure.add_subplot(1, 2, place + 1)
@@ -212,4 +214,4 @@ def study_figure(variants: Mapping[str, tuple[Sequence[float], Sequence[float] |
         axes.invert_yaxis()
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3, axis="x")
-    return _save(figure, path)
+    return save_figure(figure, path)

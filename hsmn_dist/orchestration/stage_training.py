@@ -210,7 +210,8 @@ class StageTraining:
         def progress(done: int, of: int) -> None:
             heart.beat(step=done, num_steps=of)
 
-        fisher = run_fisher(engine, batches(), config, self._context.world, total, progress)
+        unfinished = self._folder.path / "fisher_unfinished"
+        fisher = run_fisher(engine, batches(), config, self._context.world, total, progress, unfinished)
         tracker.log_metrics({metric_names.FISHER_EXAMPLES: float(total)}, self._num_steps)
         return fisher, fisher_record(self._spec.name, config, total)
 
