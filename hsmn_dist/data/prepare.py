@@ -33,7 +33,7 @@ from hsmn_dist.data.prepare_examples import (
 )
 from hsmn_dist.data.prepare_shards import ShardsTask, build_index, run_shards_task
 from hsmn_dist.data.progress import Progress, QuietProgress
-from hsmn_dist.data.raw_reader import hub_configuration, hub_revision, hub_split, source_files, source_kind
+from hsmn_dist.data.raw_reader import hub_configurations, hub_revision, hub_split, source_files, source_kind
 from hsmn_dist.data.shards.index import INDEX_NAME, load_index, save_index
 from hsmn_dist.data.shards.reader import read_examples, remote_files
 from hsmn_dist.data.shards.remote import is_url
@@ -329,7 +329,7 @@ def _resolve(dataset: DatasetConfig, fingerprints: Fingerprints) -> tuple[Datase
         return plain, {"kind": kind, "source": dataset.name, "revision": "", **builtin_identity(dataset)}
     if kind == "hub":
         pinned = plain.model_copy(update={"revision": hub_revision(dataset)})
-        origin = {"configuration": hub_configuration(dataset), "split": hub_split(dataset)}
+        origin = {"configuration": " ".join(hub_configurations(dataset)), "split": hub_split(dataset)}
         return pinned, {"kind": kind, "source": dataset.name, "revision": pinned.revision, **origin}
     path = Path(dataset.source)
     files = [[file.name, fingerprints.sha256(file)] for file in source_files(path)]

@@ -275,24 +275,32 @@ def read_hub(dataset: DatasetConfig) -> Iterator[Row]:
     hub_id = _hub_id(dataset)
     datasets = require("datasets")
     split = hub_split(dataset)
+    configurations = hub_configurations(dataset)
     try:
-        stream = datasets.load_dataset(
-            hub_id,
-            name=hub_configuration(dataset) or None,
-            split=split,
-            revision=dataset.revision or None,
-            streaming=True,
-        )
-        for number, value in enumerate(stream, start=1):
-            yield Row(f"{hub_id}/{split} row {number}", dict(value))
+        for configuration in configurations:
+            stream = datasets.load_dataset(
+                hub_id,
+                name=configuration or None,
+                split=split,
+                revision=dataset.revision or None,
+                streaming=True,
+            )
+            place = f"{hub_id}/{configuration}/{split}" if len(configurations) > 1 else f"{hub_id}/{split}"
+            for number, value in enumerate(stream, start=1):
+                row = dict(value)
+                if len(configurations) > 1:
+                    row.setdefault("task", configuration)
+                yield Row(f"{place} row {number}", row)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise _unreachable(hub_id, error) from error
 
 
-def hub_configuration(dataset: DatasetConfig) -> str:
-    """The hub configuration that is read."""
+def hub_configurations(dataset: DatasetConfig) -> tuple[str, ...]:
+    """The hub configurations that are read, in order: one, or all of a dataset whose configurations are its parts."""
     record = known_source(dataset.name)
-    return dataset.hub_configuration or (record.default_configuration if record else "")
+    if dataset.hub_configuration or record is None:
+        return (dataset.hub_configuration,)
+    return record.configurations if record.is_split_by_configuration else (record.default_configuration,)
 
 
 def hub_split(dataset: DatasetConfig) -> str:

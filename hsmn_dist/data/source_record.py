@@ -23,6 +23,7 @@ class DatasetSource:
         name: the name in a configuration; also the preprocessor's.
         hub_id: what `datasets.load_dataset` is given; "" for a dataset that is not on the hub.
         configurations: hub configurations, the default first; empty when there is none to choose.
+        is_split_by_configuration: the configurations are parts of one dataset, and all of them are read.
         splits: hub split -> number of rows, 0 where the number is not known.
         train_splits: splits that may train. Empty: evaluation only.
         evaluation_split: the split that is scored; "" when a part held out of the training rows is scored.
@@ -52,6 +53,7 @@ class DatasetSource:
     group: str
     paper: str
     configurations: tuple[str, ...] = ()
+    is_split_by_configuration: bool = False
     note: str = ""
     real_rows: RealRows = "many"
 

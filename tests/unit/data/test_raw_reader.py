@@ -13,7 +13,7 @@ import pytest
 
 from hsmn_dist.config.data import DatasetConfig
 from hsmn_dist.data import raw_reader
-from hsmn_dist.data.raw_reader import hub_revision, hub_split, read_path, read_rows
+from hsmn_dist.data.raw_reader import hub_configurations, hub_revision, hub_split, read_path, read_rows
 from hsmn_dist.foundation.errors import ConfigError, DataError
 
 ROWS = [{"question": f"What is {n}, doubled?\nSay it.", "answer": f'"{2 * n}"\n#### {2 * n}'} for n in range(5)]
@@ -157,3 +157,10 @@ def test_a_dataset_that_is_nowhere_asks_for_a_source() -> None:
     with pytest.raises(DataError) as caught:
         list(read_rows(DatasetConfig(name="text")))
     assert "source: PATH" in caught.value.action
+
+
+def test_parts_of_a_hub_dataset_are_all_read_and_alternatives_are_not() -> None:
+    assert len(hub_configurations(DatasetConfig(name="math"))) == 7
+    assert len(hub_configurations(DatasetConfig(name="bbh"))) == 27
+    assert hub_configurations(DatasetConfig(name="gsm8k")) == ("main",)
+    assert hub_configurations(DatasetConfig(name="math", hub_configuration="algebra")) == ("algebra",)
