@@ -28,7 +28,7 @@ from hsmn_dist.models.build import build_model
 from hsmn_dist.models.contract import ModelInput, cross_entropy
 
 NUM_TARGETS = 128
-CHECKPOINTED_GROUP = 32
+CHECKPOINTED_GROUP = 64
 """Chunks that the checkpointed contender encodes at a time."""
 
 

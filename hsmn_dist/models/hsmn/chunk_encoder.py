@@ -57,7 +57,7 @@ class EncoderLayer(nn.Module):
 
 
 class ChunkEncoder(nn.Module):
-    """Chunk tokens -> one vector for each chunk.
+    """Embedded chunk tokens -> one vector for each chunk.
 
     With `group_chunks` > 0 chunks go through in groups that are recomputed in the backward pass: memory for one group
     instead of for the whole context. The number of groups differs between ranks, so ZeRO-3 must then gather this module
@@ -65,44 +65,35 @@ class ChunkEncoder(nn.Module):
     """
 
     def __init__(
-        self,
-        layers: list[EncoderLayer],
-        vocab_size: int,
-        d_model: int,
-        chunk_size: int,
-        dropout: float,
-        group_chunks: int = 0,
+        self, layers: list[EncoderLayer], d_model: int, chunk_size: int, dropout: float, group_chunks: int = 0
     ) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(chunk_size + 1, d_model)
         self.layers = nn.ModuleList(layers)
         self.final_norm = build_norm(d_model) if layers[0].is_pre_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.group_chunks = group_chunks
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Token ids [R, S] of R chunks, mask [R, S] -> CLS vectors [R, D]."""
-        if not 0 < self.group_chunks < ids.shape[0]:
-            return self._encode(ids, mask, None if torch.compiler.is_compiling() else current_rows())
+    def forward(self, embedded: Tensor, mask: Tensor) -> Tensor:
+        """Embedded tokens [R, S, D] of R chunks, mask [R, S] -> CLS vectors [R, D]."""
+        if not 0 < self.group_chunks < embedded.shape[0]:
+            return self._encode(embedded, mask, None if torch.compiler.is_compiling() else current_rows())
         owners = None if torch.compiler.is_compiling() else current_rows()
         groups = []
-        for start in range(0, ids.shape[0], self.group_chunks):
+        for start in range(0, embedded.shape[0], self.group_chunks):
             part = slice(start, start + self.group_chunks)
             rows = None if owners is None else owners[part]
             if torch.is_grad_enabled():
-                groups.append(checkpoint(self._encode, ids[part], mask[part], rows, use_reentrant=False))
+                groups.append(checkpoint(self._encode, embedded[part], mask[part], rows, use_reentrant=False))
             else:
-                groups.append(self._encode(ids[part], mask[part], rows))
+                groups.append(self._encode(embedded[part], mask[part], rows))
         return torch.cat(groups)
 
-    def _encode(self, ids: Tensor, mask: Tensor, owners: Tensor | None) -> Tensor:
-        num_chunks, chunk_size = ids.shape
+    def _encode(self, embedded: Tensor, mask: Tensor, owners: Tensor | None) -> Tensor:
+        num_chunks, chunk_size, _ = embedded.shape
         with announced_rows(owners):
             positions = torch.arange(chunk_size + 1, device=mask.device).expand(num_chunks, -1)
-            x = self.dropout(
-                F.pad(self.token_embedding(ids), (0, 0, 1, 0)) + self.position_embedding(positions)
-            )  # [R, S + 1, D]
+            x = self.dropout(F.pad(embedded, (0, 0, 1, 0)) + self.position_embedding(positions))  # [R, S + 1, D]
             key_mask = F.pad(mask, (1, 0), value=True)[:, None, None, :]
             last = len(self.layers) - 1
             for index, layer in enumerate(self.layers):

@@ -27,7 +27,7 @@ from hsmn_dist.models.hsmn.memory_tree import MemoryTree, Tree, node_layout
 from hsmn_dist.models.hsmn.reasoning_decoder import DecoderState, ReasoningBlock, ReasoningDecoder
 
 COMPONENTS = {
-    "encoder.token_embedding": "embedding",
+    "context_embedding": "embedding",
     "target_embedding": "embedding",
     "encoder": "encoder",
     "compressor": "compressor",
@@ -71,6 +71,7 @@ class HsmnModel(LanguageModel):
         self.max_target_tokens = config.max_target_tokens
         width, is_pre_norm = config.d_model, config.norm_placement == "pre"
         self.chunker = StreamingChunker(config.chunk_size, config.chunk_stride, config.min_chunks, config.pad_id)
+        self.context_embedding = nn.Embedding(config.vocab_size, width)
         layers = [
             EncoderLayer(
                 width, config.num_heads, config.d_feed_forward, config.encoder_dropout, config.activation, is_pre_norm
@@ -78,7 +79,7 @@ class HsmnModel(LanguageModel):
             for _ in range(config.num_encoder_layers)
         ]
         self.encoder = ChunkEncoder(
-            layers, config.vocab_size, width, config.chunk_size, config.encoder_dropout, config.encoder_group_chunks
+            layers, width, config.chunk_size, config.encoder_dropout, config.encoder_group_chunks
         )
         self.compressor = nn.Linear(width, config.d_compressed)
         self.tree = MemoryTree(config.d_compressed, config.d_aggregator, config.aggregator_rank)
@@ -140,7 +141,10 @@ class HsmnModel(LanguageModel):
 
     def parameter_components(self) -> dict[str, str]:
         """Component of every parameter, by the part of the model that owns it; a hybrid's memories are "cms"."""
-        return {name: _component(name) for name, _ in self.named_parameters()}
+        return {
+            name: "cms" if ".cms." in name or ".cms_norm." in name else COMPONENTS[name.split(".", 1)[0]]
+            for name, _ in self.named_parameters()
+        }
 
     def prunable_parameters(self) -> list[str]:
         """The Aggregator's factors, compressor, decompressor, and the head unless it is tied."""
@@ -150,7 +154,7 @@ class HsmnModel(LanguageModel):
 
     def init_weights(self) -> None:
         """Draw every parameter anew (see `initial_weights`)."""
-        draw_weights(self, self.encoder.token_embedding, self.target_embedding, self.head)
+        draw_weights(self, self.context_embedding, self.target_embedding, self.head)
 
     # Context to memory.
 
@@ -181,7 +185,7 @@ class HsmnModel(LanguageModel):
 
     def _encode_rows(self, ids: Tensor, mask: Tensor, owners: Tensor) -> Tensor:
         with announced_rows(owners):
-            return self.compressor(self.encoder(ids, mask))  # [R, k]
+            return self.compressor(self.encoder(self.context_embedding(ids), mask))  # [R, k]
 
     def _decompress(self, tree: Tree, chunks: Chunks) -> Tensor:
         num_examples, num_leaves = chunks.mask.shape[:2]
@@ -304,9 +308,3 @@ class HsmnModel(LanguageModel):
         ids = [tokens for tokens in (state.pending, token_ids) if tokens is not None]
         hidden, decoder = self.decoder.extend(self._embed_target(torch.stack(ids, dim=1)), state.decoder)
         return self._logits(hidden[:, -1]), HsmnState(decoder)
-
-
-def _component(name: str) -> str:
-    if ".cms." in name or ".cms_norm." in name:
-        return "cms"
-    return next(component for prefix, component in COMPONENTS.items() if name.startswith(f"{prefix}."))

@@ -73,7 +73,7 @@ def encode_chunk(model: HsmnModel, tokens: list[int]) -> Tensor:
     """z_i = W_c CLS(Enc(chunk_i)); the CLS token is row 0 of the position table."""
     position = model.encoder.position_embedding.weight
     xs = [position[0]]
-    xs += [model.encoder.token_embedding.weight[token] + position[index + 1] for index, token in enumerate(tokens)]
+    xs += [model.context_embedding.weight[token] + position[index + 1] for index, token in enumerate(tokens)]
     for layer in model.encoder.layers:
         assert isinstance(layer, EncoderLayer)
         xs = encoder_layer(layer, xs)

@@ -69,7 +69,7 @@ def test_names_roles_and_components_cover_every_parameter_once():
     assert [name for name, role in roles.items() if role is ParamRole.HEAD] == ["head.weight"]
     matrices = {name for name, role in roles.items() if role is ParamRole.MATRIX}
     assert all(dict(model.named_parameters())[name].dim() == 2 for name in matrices)
-    assert "tree.aggregator.inner.first.weight" in matrices and "encoder.token_embedding.weight" not in matrices
+    assert "tree.aggregator.inner.first.weight" in matrices and "context_embedding.weight" not in matrices
 
 
 def test_only_plain_modules_hold_parameters():
