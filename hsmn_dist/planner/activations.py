@@ -85,12 +85,9 @@ def logits_bytes(num_tokens: int, vocab_size: int, storage: Storage) -> float:
     return float(num_tokens * vocab_size * (2 * FP32 + storage.element))
 
 
-def _feed_forward(tokens: int, f: int, storage: Storage, is_gelu: bool, dropout: float) -> float:
-    """Kept behind the norm: the inner activation (twice for gelu and silu), and what dropout keeps."""
-    inner = (2 if is_gelu else 1) * storage.element
-    if dropout > 0:
-        inner += storage.element + storage.mask
-    return float(tokens * f * inner)
+def _feed_forward(tokens: int, f: int, storage: Storage, is_gelu: bool) -> float:
+    """Kept behind the norm: the inner activation (twice for gelu and silu)."""
+    return float(tokens * f * (2 if is_gelu else 1) * storage.element)
 
 
 def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations:
@@ -104,13 +101,13 @@ def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations
         masks = 2 * queries * d * storage.mask if config.encoder_dropout > 0 else 0
         norms = rows * 2 * d * size + queries * 2 * d * size
         attention = 2 * rows * d * size + 3 * queries * d * size + queries * heads * FP32
-        inner = _feed_forward(queries, f, storage, is_gelu, config.encoder_dropout)
+        inner = _feed_forward(queries, f, storage, is_gelu)
         return chunks * (norms + attention + masks + inner)
 
     group = min(config.encoder_group_chunks or chunks, chunks)
     masks = 3 * d * storage.mask if config.decoder_dropout > 0 else 0
     decoder: float = target * (13 * d * size + masks + 2 * heads * FP32) + 2 * nodes * d * size
-    decoder += _feed_forward(target, f, storage, is_gelu, config.decoder_dropout)
+    decoder += _feed_forward(target, f, storage, is_gelu)
     encoder = [encoder_layer(rows)] * (config.num_encoder_layers - 1) + [encoder_layer(1)]
     inputs = [float(chunks * rows * d * size)] * config.num_encoder_layers
     if group < chunks:  # groups are recomputed: what stays is their embedded tokens, and one group at a time is whole
@@ -154,8 +151,8 @@ def _hope(config: HopeConfig, lengths: Lengths, storage: Storage) -> Activations
 
 def _continuum(config: HopeConfig, tokens: int, size: int) -> float:
     """Decay-form CMS: projections, the chunk's mixing tables, writes, and the carried memories of every chunk."""
-    if getattr(config, "cms_kind", "decay") != "decay":
-        raise no_formula("model.cms_kind", getattr(config, "cms_kind", ""), "decay")
+    if config.cms.form != "decay":
+        raise no_formula("model.cms.form", config.cms.form, "decay")
     d, heads, modules = config.d_model, config.num_heads, config.num_memory_modules
     chunk, width = min(config.chunk_tokens, tokens), d // heads
     chunks = -(-tokens // chunk)

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from hsmn_dist.config.models import HopeConfig, HsmnConfig, ModelConfig
 from hsmn_dist.foundation.errors import PlanError
+from hsmn_dist.models.hope.continuum_memory import retentions
+from hsmn_dist.models.hope.decayed_reads import reaches
 
 
 @dataclass(frozen=True)
@@ -106,16 +110,15 @@ def _hope(config: HopeConfig, lengths: Lengths) -> ForwardFlops:
     if config.mixer == "attention":
         block += 8 * tokens * d * d + 4 * tokens * tokens * d
     elif config.mixer == "linear":
-        block += 8 * tokens * d * d + _decayed_reads(config, tokens, 1, d // config.num_heads)
-        block += _decayed_reads(config, tokens, 1, 1)
+        block += 8 * tokens * d * d + _decayed_reads(config, tokens, (2**31,))  # the normaliser is a running sum
     else:
         raise no_formula("model.mixer", config.mixer, "attention, linear")
     if config.uses_cms:
-        if getattr(config, "cms_kind", "decay") != "decay":
-            raise no_formula("model.cms_kind", getattr(config, "cms_kind", ""), "decay")
+        if config.cms.form != "decay":
+            raise no_formula("model.cms.form", config.cms.form, "decay")
         modules = config.num_memory_modules
         block += 8 * tokens * d * d + 2 * tokens * d * config.num_heads * modules
-        block += _decayed_reads(config, tokens, modules, d // config.num_heads)
+        block += _decayed_reads(config, tokens, reaches(tuple(retentions(modules)), torch.float32))
     if config.uses_mlp:
         block += 4 * tokens * d * config.d_feed_forward
     last_map = 2.0 * tokens * d * (config.d_feed_forward if config.uses_mlp else d)
@@ -123,17 +126,25 @@ def _hope(config: HopeConfig, lengths: Lengths) -> ForwardFlops:
     return ForwardFlops((block,) * layers, (last_map,) * layers, 2.0 * lengths.target_tokens * d * config.vocab_size)
 
 
-def _decayed_reads(config: HopeConfig, tokens: int, modules: int, value_width: int) -> float:
-    """Chunk-parallel reads of `modules` memories [K, J] in every head: `models/hope/decayed_reads.py`, product by product."""
+def _decayed_reads(config: HopeConfig, tokens: int, found_reaches: tuple[int, ...]) -> float:
+    """Chunk-parallel reads of memories [K, K] in every head: `models/hope/decayed_reads.py`, product by product.
+
+    `found_reaches` are the tokens that each module sees back: those within a chunk are read directly, the others carry states.
+    """
     size = min(config.chunk_tokens, tokens)
-    chunks, heads, key_width = -(-tokens // size), config.num_heads, config.d_model // config.num_heads
-    padded = chunks * size
+    chunks, heads, width = -(-tokens // size), config.num_heads, config.d_model // config.num_heads
+    padded, modules = chunks * size, len(found_reaches)
     mix = 2 * padded * modules * size if modules > 1 else 0  # with one module it is elementwise
-    inner = 2 * padded * size * (key_width + value_width)
-    memory = modules * key_width * value_width
-    writes = 2 * (chunks - 1) * size * memory
-    outer = 2 * padded * memory if chunks > 1 else 0
-    return float(heads * (mix + inner + writes + outer))
+    inner = 4 * padded * size * width
+    if chunks == 1:
+        return float(heads * (mix + inner))
+    fast = [reach for reach in found_reaches if reach < size]
+    window = max(fast, default=0)
+    weighting = 2 * len(fast) if len(fast) > 1 else 0
+    seen = (chunks - 1) * window * window * (weighting + 4 * width)
+    memory = (modules - len(fast)) * width * width
+    written = chunks if chunks >= 8 else chunks - 1
+    return float(heads * (mix + inner + seen + 2 * written * size * memory + 2 * padded * memory))
 
 
 def no_formula(path: str, value: str, known: str) -> PlanError:
