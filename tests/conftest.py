@@ -1,4 +1,4 @@
-"""Test-wide settings: the repository root is importable, and no test leaves process-wide state to the next one."""
+"""Test-wide settings: the repository root is importable, and no test leaves its logging set-up to the next one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_process_group_is_left() -> Iterator[None]:
-    """A process group of one rank, which engines form, ends with the file that formed it."""
-    yield
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,11 @@ from tests.support.distributed import RankFailed, run_distributed
 def test_one_rank_when_the_environment_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    # An engine of an earlier test in this process may have left its group of one rank, which DeepSpeed goes on using.
+    had_group = dist.is_initialized()
     world = World.from_environment(device="cpu")
     assert (world.rank, world.local_rank, world.world_size, world.is_first) == (0, 0, 1, True)
-    assert not dist.is_initialized()
+    assert dist.is_initialized() == had_group, "one rank alone forms no group"
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [("2", "2"), ("x", "2"), ("-1", "1")])
