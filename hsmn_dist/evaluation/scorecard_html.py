@@ -11,7 +11,6 @@ from itertools import pairwise
 
 from hsmn_dist.evaluation import scorecard_text as words
 from hsmn_dist.evaluation.scorecard import Scorecard
-from hsmn_dist.foundation.units import format_count, format_seconds
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -177,18 +176,7 @@ def _svg_line(card: Scorecard, task: str, points: Sequence[tuple[float, float] |
 
 
 def _stage_table(card: Scorecard) -> str:
-    rows = [
-        (
-            stage.name,
-            words.NOT_MEASURED if stage.steps is None else str(stage.steps),
-            words.NOT_MEASURED if stage.target_tokens is None else format_count(stage.target_tokens),
-            words.NOT_MEASURED if stage.seconds is None else format_seconds(stage.seconds),
-            words.nats(stage.first_validation_loss),
-            words.nats(stage.best_validation_loss),
-        )
-        for stage in card.stages
-    ]
-    return _table(("stage", "steps", "target tokens", "time", "first validation loss", "best validation loss"), rows)
+    return _table(words.STAGE_COLUMNS, words.stage_rows(card))
 
 
 def _references(card: Scorecard) -> str:

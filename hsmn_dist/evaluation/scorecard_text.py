@@ -81,6 +81,24 @@ def cost_rows(card: Scorecard) -> list[tuple[str, str]]:
     ]
 
 
+STAGE_COLUMNS = ("stage", "steps", "target tokens", "time", "first validation loss", "best validation loss")
+
+
+def stage_rows(card: Scorecard) -> list[tuple[str, ...]]:
+    """One row per stage, in the order of `STAGE_COLUMNS`."""
+    return [
+        (
+            stage.name,
+            NOT_MEASURED if stage.steps is None else str(stage.steps),
+            NOT_MEASURED if stage.target_tokens is None else format_count(stage.target_tokens),
+            NOT_MEASURED if stage.seconds is None else format_seconds(stage.seconds),
+            nats(stage.first_validation_loss),
+            nats(stage.best_validation_loss),
+        )
+        for stage in card.stages
+    ]
+
+
 def contamination_text(entry: Mapping[str, Any]) -> str:
     """Status, and the counts where it was measured."""
     if entry.get("status") != "measured":
