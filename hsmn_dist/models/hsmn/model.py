@@ -22,6 +22,7 @@ from hsmn_dist.models.hsmn import bad_input
 from hsmn_dist.models.hsmn.chunk_encoder import ChunkEncoder, EncoderLayer, announced_rows
 from hsmn_dist.models.hsmn.chunker import Chunks, StreamingChunker
 from hsmn_dist.models.hsmn.initial_weights import draw_weights
+from hsmn_dist.models.hsmn.leaf_exchange import LeafExchange
 from hsmn_dist.models.hsmn.memory_codes import MemoryCodes
 from hsmn_dist.models.hsmn.memory_tree import MemoryTree, Tree, node_layout
 from hsmn_dist.models.hsmn.reasoning_decoder import DecoderState, ReasoningBlock, ReasoningDecoder
@@ -94,6 +95,7 @@ class HsmnModel(LanguageModel):
         )
         self.head = None if config.ties_embeddings else nn.Linear(width, config.vocab_size, bias=False)
         self.embedding_scale = width**0.5 if config.ties_embeddings else 1.0
+        self.leaf_exchange: LeafExchange | None = None
 
     @staticmethod
     def _build_block(config: HsmnConfig, index: int) -> ReasoningBlock:
@@ -178,10 +180,19 @@ class HsmnModel(LanguageModel):
             index = has_tokens.flatten().nonzero().squeeze(1)
             if index.numel() == 0:  # every rank must run the encoder, also one that has nothing to read
                 index = torch.zeros(1, dtype=torch.int64, device=ids.device)
-            rows = self._encode_rows(flat_ids[index], flat_mask[index], owners[index])
+            rows = self._encode_divided(flat_ids, flat_mask, owners, index)
             encoded = rows.new_zeros(flat_ids.shape[0], rows.shape[1]).index_copy(0, index, rows)
         leaves = encoded.unflatten(0, (num_examples, num_chunks))
         return leaves.masked_fill(~has_tokens[..., None], 0.0)
+
+    def _encode_divided(self, ids: Tensor, mask: Tensor, owners: Tensor, index: Tensor) -> Tensor:
+        """Rows `index` [R] of the flat chunks, encoded here or, with an exchange, by several parties -> [R, k]."""
+        if self.leaf_exchange is None:
+            return self._encode_rows(ids[index], mask[index], owners[index])
+        own = index[self.leaf_exchange.share(index.numel())]
+        some = own if own.numel() else index[:1]  # a party without a chunk runs the encoder too, on a row that it drops
+        rows = self._encode_rows(ids[some], mask[some], owners[some])[: own.numel()]
+        return self.leaf_exchange.gather(rows, index.numel())
 
     def _encode_rows(self, ids: Tensor, mask: Tensor, owners: Tensor) -> Tensor:
         with announced_rows(owners):
