@@ -1,12 +1,14 @@
 """Avalanche's EWC (avalanche-lib 0.6, `EWCPlugin`, mode "separate" and "online") on the same model, data and batches.
 
 Its importance is the squared gradient of a mini-batch's mean loss, averaged over mini-batches (our `microbatch`); its penalty is
-lambda * sum F (theta - theta*)^2 without the factor 1/2, so our strength is twice its lambda. Where the package cannot be imported (it
-needs a torchvision that fits the torch build), its published formula stands in for it.
+lambda * sum F (theta - theta*)^2 without the factor 1/2, so our strength is twice its lambda. Each case runs twice: against the package
+itself (extra `peers`; skipped with the reason where it is not installed) and against its published formula, which is always run.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -56,10 +58,32 @@ class Formula:
         return LAMBDA * sum((f[n] * (weights[n] - a[n]).square()).sum() for f, a in kept for n in weights)
 
 
+_KEPT: list[torch.library.Library] = []
+
+
+def let_torchvision_import() -> None:
+    """Declare the operators that torchvision's Python part wants, where its compiled part was built for another torch.
+
+    Avalanche imports torchvision for its data sets; EWC uses none of it, but a torchvision for CUDA beside a torch for CPUs
+    cannot even be imported without them.
+    """
+    found = importlib.util.find_spec("torchvision")
+    if found is None or found.origin is None or _KEPT:
+        return
+    try:
+        torch.ops.load_library(str(Path(found.origin).with_name("_C.so")))
+    except OSError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(library)
+
+
 class Package:
     """The same through avalanche-lib itself."""
 
     def __init__(self, mode: str, decay: float | None) -> None:
+        let_torchvision_import()
         try:
             from avalanche.training.plugins.ewc import EWCPlugin
         except (ImportError, RuntimeError) as error:
