@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hsmn_dist.config.models import HopeConfig, HsmnConfig, ModelConfig
+from hsmn_dist.config.models import HopeConfig, HsmnConfig, HsmnHopeConfig, ModelConfig
 from hsmn_dist.planner.flops import Lengths, encoded_chunks, no_formula, num_chunks
 
 FP32 = 4
@@ -108,6 +108,11 @@ def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations
     masks = 3 * d * storage.mask if config.decoder_dropout > 0 else 0
     decoder: float = target * (13 * d * size + masks + 2 * heads * FP32) + 2 * nodes * d * size
     decoder += _feed_forward(target, f, storage, is_gelu)
+    shared = 0.0
+    if isinstance(config, HsmnHopeConfig):  # its reasoning blocks carry a memory of the target besides
+        norm = storage.mask * d if config.decoder_dropout > 0 else 0
+        decoder += target * (2 * d * size + norm) + _continuum(config, target, size)
+        shared = _decay_table(config, target)
     encoder = [encoder_layer(rows)] * (config.num_encoder_layers - 1) + [encoder_layer(1)]
     inputs = [float(chunks * rows * d * size)] * config.num_encoder_layers
     if group < chunks:  # groups are recomputed: what stays is their embedded tokens, and one group at a time is whole
@@ -123,7 +128,7 @@ def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations
     logits = logits_bytes(target, config.vocab_size, storage)
     working = max(group * rows, target) * (2 * f + 4 * d) * size
     blocks = (*encoder, *([float(decoder)] * config.num_decoder_layers))
-    return Activations(blocks, tuple(inputs), float(outside), logits, float(working))
+    return Activations(blocks, tuple(inputs), float(outside), logits, float(working), shared)
 
 
 def _hope(config: HopeConfig, lengths: Lengths, storage: Storage) -> Activations:
@@ -143,13 +148,17 @@ def _hope(config: HopeConfig, lengths: Lengths, storage: Storage) -> Activations
     logits = logits_bytes(lengths.target_tokens, config.vocab_size, storage)
     working = tokens * (2 * config.d_feed_forward + 4 * d) * size
     layers = config.num_layers
-    chunk = min(config.chunk_tokens, tokens)
-    shared = config.num_memory_modules * chunk * chunk * FP32 if config.uses_cms else 0  # the table of decays
+    shared = _decay_table(config, tokens) if config.uses_cms else 0.0
     blocks = (float(block),) * layers
-    return Activations(blocks, (inputs,) * layers, float(outside), logits, float(working), float(shared))
+    return Activations(blocks, (inputs,) * layers, float(outside), logits, float(working), shared)
 
 
-def _continuum(config: HopeConfig, tokens: int, size: int) -> float:
+def _decay_table(config: HopeConfig | HsmnHopeConfig, tokens: int) -> float:
+    chunk = min(config.chunk_tokens, tokens)
+    return float(config.num_memory_modules * chunk * chunk * FP32)
+
+
+def _continuum(config: HopeConfig | HsmnHopeConfig, tokens: int, size: int) -> float:
     """Decay-form CMS: projections, the chunk's mixing tables, writes, and the carried memories of every chunk."""
     if config.cms.form != "decay":
         raise no_formula("model.cms.form", config.cms.form, "decay")

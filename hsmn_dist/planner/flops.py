@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hsmn_dist.config.models import HopeConfig, HsmnConfig, ModelConfig
+from hsmn_dist.config.models import HopeConfig, HsmnConfig, HsmnHopeConfig, ModelConfig
 from hsmn_dist.foundation.errors import PlanError
 from hsmn_dist.models.hope.continuum_memory import retentions
 from hsmn_dist.models.hope.decayed_reads import reaches
@@ -94,7 +94,9 @@ def _hsmn(config: HsmnConfig, lengths: Lengths) -> ForwardFlops:
     encoder = [encoder_layer(rows)] * (config.num_encoder_layers - 1) + [encoder_layer(1)]
     self_attention = 8 * target * d * d + 4 * target * target * d
     cross_attention = 4 * target * d * d + 4 * nodes * d * d + 4 * target * nodes * d
-    decoder = [float(self_attention + cross_attention + 4 * target * d * f)] * config.num_decoder_layers
+    # A hybrid is an HSMN, and its reasoning blocks pay for their memory of the target besides.
+    cms = _continuum(config, target) if isinstance(config, HsmnHopeConfig) else 0.0
+    decoder = [float(self_attention + cross_attention + 4 * target * d * f + cms)] * config.num_decoder_layers
     rank, inner = config.aggregator_rank, config.d_aggregator
     pair = 2 * (2 * k * rank + rank * inner + inner * rank + rank * k)
     codes = 2 * 2 * 16 * d * nodes if config.uses_level_embedding else 0
@@ -114,11 +116,7 @@ def _hope(config: HopeConfig, lengths: Lengths) -> ForwardFlops:
     else:
         raise no_formula("model.mixer", config.mixer, "attention, linear")
     if config.uses_cms:
-        if config.cms.form != "decay":
-            raise no_formula("model.cms.form", config.cms.form, "decay")
-        modules = config.num_memory_modules
-        block += 8 * tokens * d * d + 2 * tokens * d * config.num_heads * modules
-        block += _decayed_reads(config, tokens, reaches(tuple(retentions(modules)), torch.float32))
+        block += _continuum(config, tokens)
     if config.uses_mlp:
         block += 4 * tokens * d * config.d_feed_forward
     last_map = 2.0 * tokens * d * (config.d_feed_forward if config.uses_mlp else d)
@@ -126,7 +124,17 @@ def _hope(config: HopeConfig, lengths: Lengths) -> ForwardFlops:
     return ForwardFlops((block,) * layers, (last_map,) * layers, 2.0 * lengths.target_tokens * d * config.vocab_size)
 
 
-def _decayed_reads(config: HopeConfig, tokens: int, found_reaches: tuple[int, ...]) -> float:
+def _continuum(config: HopeConfig | HsmnHopeConfig, tokens: int) -> float:
+    """A decay-form CMS over a row of tokens."""
+    if config.cms.form != "decay":
+        raise no_formula("model.cms.form", config.cms.form, "decay")
+    d, modules, cms = config.d_model, config.num_memory_modules, config.cms
+    taus = tuple(retentions(modules, cms.fastest_retention, cms.slowest_retention))
+    maps = 8 * tokens * d * d + 2 * tokens * d * config.num_heads * modules
+    return maps + _decayed_reads(config, tokens, reaches(taus, torch.float32))
+
+
+def _decayed_reads(config: HopeConfig | HsmnHopeConfig, tokens: int, found_reaches: tuple[int, ...]) -> float:
     """Chunk-parallel reads of memories [K, K] in every head: `models/hope/decayed_reads.py`, product by product.
 
     `found_reaches` are the tokens that each module sees back: those within a chunk are read directly, the others carry states.

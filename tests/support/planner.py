@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hsmn_dist.config.models import HopeConfig, HsmnConfig, ModelConfig
+from hsmn_dist.config.models import HopeConfig, HsmnConfig, HsmnHopeConfig, ModelConfig
 from hsmn_dist.models.contract import ModelInput
 
 _HSMN = {
@@ -27,6 +27,8 @@ MODELS: dict[str, ModelConfig] = {
     "hsmn": HsmnConfig(**_HSMN, encoder_dropout=0.0, decoder_dropout=0.0),
     "hsmn_dropout": HsmnConfig(**_HSMN),
     "hsmn_tied": HsmnConfig(**_HSMN, ties_embeddings=True, uses_level_embedding=False, decoder_dropout=0.0),
+    "hybrid": HsmnHopeConfig(**_HSMN, num_memory_modules=3, chunk_tokens=16, encoder_dropout=0.0, decoder_dropout=0.0),
+    "hybrid_dropout": HsmnHopeConfig(**_HSMN, num_memory_modules=3, chunk_tokens=8),
     "hope": HopeConfig(**_HOPE, num_memory_modules=3, chunk_tokens=16),
     "hope_one_chunk": HopeConfig(**_HOPE, num_memory_modules=3, chunk_tokens=512),
     "hope_no_cms": HopeConfig(**_HOPE, uses_cms=False),
