@@ -5,6 +5,7 @@ torchrun takes `--run` for an abbreviation of its own `--run-path`, wherever it 
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import typer
@@ -19,6 +20,9 @@ def command(
     index: int = typer.Option(0, min=0, help="First stage to run, from 0."),
     through: int = typer.Option(-1, help="Last stage to run; the first one alone when absent."),
     attempt: str = typer.Option("", help="Attempt token; the run's present one when absent."),
+    ends_with_parent: bool = typer.Option(
+        False, "--ends-with-parent", help="Leave when the process that started it dies."
+    ),
 ) -> None:
     """Run stages of a run as one rank of the group that RANK and WORLD_SIZE describe."""
     from hsmn_dist.foundation.files import read_json
@@ -27,6 +31,10 @@ def command(
     from hsmn_dist.orchestration.stage import stage_specs
     from hsmn_dist.orchestration.stage_runner import run_stages
 
+    if ends_with_parent:
+        from hsmn_dist.orchestration import end_with_parent as process
+
+        process.end_with_parent(signal.SIGKILL)
     folder = RunFolder(run.resolve())
     if not folder.config.is_file():
         raise ConfigError(f"{run}: no config.yaml", allowed="a run folder", action="see `hsmn-dist runs list`")

@@ -60,8 +60,8 @@ class TrainingConfig(Section):
         description="At a loss or gradient that is infinite or NaN: stop the stage, skip the batch, or go back to the last "
         "checkpoint and leave out the batches since then.",
     )
-    on_loss_spike: Literal["ignore", "skip", "rollback"] = Field(
-        "ignore", description="At a loss far above the recent ones: train on, skip the batch, or go back as above."
+    on_loss_spike: Literal["ignore", "stop", "skip", "rollback"] = Field(
+        "ignore", description="At a loss far above the recent ones: train on, stop, skip the batch, or go back as above."
     )
     spike_sigma: float = Field(
         6.0, gt=0, description="Standard deviations above the mean of the recent losses that count as a spike."
@@ -69,6 +69,9 @@ class TrainingConfig(Section):
     spike_window_steps: int = Field(128, ge=8, description="Recent losses that a spike is measured against.")
     max_skipped_steps: int = Field(
         16, ge=0, description="Skips and rollbacks allowed in a stage; one more stops it (0: none is allowed)."
+    )
+    records_examples: bool = Field(
+        False, description="Write the example indexes of every global batch to the stage's examples.jsonl (a line a step)."
     )
     l2: float = Field(
         0.0, ge=0, description="Coefficient of sum(w^2) added to the loss as the original does (1e-6 there)."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from hsmn_dist.foundation.errors import CheckpointError, ConfigError, HsmnError,
 from hsmn_dist.foundation.files import sha256_of_file, write_json, write_text
 from hsmn_dist.foundation.log import logger
 from hsmn_dist.foundation.provenance import provenance
+from hsmn_dist.orchestration.adjustments import shrink_micro_batch
 from hsmn_dist.orchestration.attempt import new_attempt
+from hsmn_dist.orchestration.failures import POLICIES, FailureKind, classify
 from hsmn_dist.orchestration.heartbeat import read_beats, silent_rank
 from hsmn_dist.orchestration.journal import append_event, read_events, run_status
 from hsmn_dist.orchestration.launcher import StageLauncher
@@ -95,25 +98,69 @@ def run_curriculum(
     folder = run.folder
     try:
         prepare(run)
-        specs = pending_specs(run.config, folder, run.attempt)
-        if specs:
-            with _stop_on_signals(folder, launcher, run.config.cluster.grace_seconds), _watch(run, launcher) as hung:
+        with _stop_on_signals(folder, launcher, run.config.cluster.grace_seconds):
+            _launch_until_done(run, launcher)
+        finish(run)
+    except Preempted:
+        append_event(folder.journal, "run_preempted", attempt=run.attempt)
+        raise
+    except HsmnError as error:
+        kind, rank = classify(error).value, getattr(error, "rank", -1)
+        append_event(
+            folder.journal,
+            "run_failed",
+            attempt=run.attempt,
+            kind=kind,
+            rank=rank,
+            found=error.found,
+            action=error.action,
+        )
+        raise
+    finally:
+        launcher.stop()
+    append_event(folder.journal, "run_completed", attempt=run.attempt)
+
+
+def _launch_until_done(run: Run, launcher: StageLauncher) -> None:
+    """Launch what is pending; after a failure again, as often as the table of failures allows for its kind."""
+    spent: Counter[FailureKind] = Counter()
+    while specs := pending_specs(run.config, run.folder, run.attempt):
+        try:
+            with _watch(run, launcher) as hung:
                 try:
                     launcher.launch(specs)
                 except HsmnError:
                     if hung:
                         raise hung[0] from None
                     raise
-        finish(run)
-    except Preempted:
-        append_event(folder.journal, "run_preempted", attempt=run.attempt)
-        raise
-    except HsmnError as error:
-        append_event(folder.journal, "run_failed", attempt=run.attempt, found=error.found, action=error.action)
-        raise
-    finally:
-        launcher.stop()
-    append_event(folder.journal, "run_completed", attempt=run.attempt)
+        except StageFailed as error:
+            kind = classify(error)
+            change = _change_for_retry(run, kind) if spent[kind] < POLICIES[kind].retries else None
+            if change is None or run.folder.stop_request.exists():
+                raise
+            spent[kind] += 1
+            append_event(
+                run.folder.journal,
+                "retried",
+                attempt=run.attempt,
+                kind=kind.value,
+                rank=error.rank,
+                found=error.found,
+                change=change,
+                number=spent[kind],
+                allowed=POLICIES[kind].retries,
+            )
+            log.warning("%s; %s (retry %d of %d)", error.found, change, spent[kind], POLICIES[kind].retries)
+
+
+def _change_for_retry(run: Run, kind: FailureKind) -> str | None:
+    """Do what the table says before a retry; in words. None when it cannot be done."""
+    if not POLICIES[kind].halves_micro_batch:
+        return "started again from the last checkpoint"
+    size = shrink_micro_batch(run.config, run.folder)
+    return (
+        None if size is None else f"started again with training.micro_batch_examples {size}, the global batch as it was"
+    )
 
 
 def record_prepared(folder: RunFolder, tokenizer: Path, folders: dict[str, Path]) -> None:

@@ -1,12 +1,15 @@
-"""What went wrong, and what to do about it: one readable table.
+"""What went wrong, and what to do about it: one readable table with budgets.
 
-Ray Train replaces workers and nodes that died; it cannot know that a configuration error will not go away, or that the machine
-asked the run to leave. Each rank writes a failure record before it dies, the launcher reads the records, and this table decides.
+Launchers replace workers and nodes that died; they cannot know that a configuration error will not go away, that memory would
+suffice for smaller micro-batches, or that the machine asked the run to leave. Each rank writes a failure record before it dies, the
+launcher reads the records, and this table decides. Unusual: a launcher's restarts (`cluster.max_failures`), the driver's retries
+(`Policy.retries`, for each kind by itself) and preemptions (without limit, and counted nowhere) are three budgets.
 """
 
 from __future__ import annotations
 
 import enum
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,30 +26,61 @@ class FailureKind(enum.Enum):
     WORKER_LOST = "worker_lost"
     OUT_OF_MEMORY = "out_of_memory"
     NON_FINITE = "non_finite"
+    LOSS_SPIKE = "loss_spike"
     DISK_FULL = "disk_full"
     HUNG = "hung"
+    FENCED = "fenced"
     UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
 class Policy:
-    """`retries` is how often the stage is started again from its last checkpoint; `advice` is what the operator reads."""
+    """What follows a failure.
 
+    Attributes:
+        what: the failure in plain words.
+        retries: how often the driver starts the stages again from their last checkpoint, in one `hsmn-dist run`.
+        advice: what the operator reads when that did not help.
+        is_replaced: the launcher starts the ranks again by itself, `cluster.max_failures` times.
+        halves_micro_batch: each retry halves `training.micro_batch_examples`; the global batch stays.
+    """
+
+    what: str
     retries: int
     advice: str
+    is_replaced: bool = False
+    halves_micro_batch: bool = False
 
 
 POLICIES: dict[FailureKind, Policy] = {
-    FailureKind.BAD_INPUT: Policy(0, "mend what the message names; nothing was lost"),
-    FailureKind.PREEMPTED: Policy(0, "start the same command again; it resumes"),
-    FailureKind.WORKER_LOST: Policy(3, "a process or machine died; the last checkpoint is used"),
-    FailureKind.OUT_OF_MEMORY: Policy(
-        0, "halve training.micro_batch_examples (the global batch stays), or raise zero_stage"
+    FailureKind.BAD_INPUT: Policy("the input cannot be used", 0, "mend what the message names; nothing was lost"),
+    FailureKind.PREEMPTED: Policy("the machine asked the run to leave", 0, "start the same command again; it resumes"),
+    FailureKind.WORKER_LOST: Policy(
+        "a process or machine died", 0, "a process or machine died; the last checkpoint is used", is_replaced=True
     ),
-    FailureKind.NON_FINITE: Policy(0, "lower the learning rate, or set training.max_gradient_norm"),
-    FailureKind.DISK_FULL: Policy(0, "free space under the run root; the last checkpoint is whole"),
-    FailureKind.HUNG: Policy(1, "a rank fell silent; its host and last step are named"),
-    FailureKind.UNKNOWN: Policy(0, "read the traceback in the failure record"),
+    FailureKind.OUT_OF_MEMORY: Policy(
+        "the memory was used up",
+        8,
+        "training.micro_batch_examples cannot be halved further: raise zero_stage, recompute activations, or take a "
+        "smaller model",
+        halves_micro_batch=True,
+    ),
+    FailureKind.NON_FINITE: Policy(
+        "a loss or gradient was not a finite number", 0, "lower the learning rate, or set training.max_gradient_norm"
+    ),
+    FailureKind.LOSS_SPIKE: Policy(
+        "the loss jumped far above the recent ones",
+        0,
+        "resume, or look at the data of that step and lower the learning rate",
+    ),
+    FailureKind.DISK_FULL: Policy(
+        "the disk was full", 0, "free space under the run root; the last checkpoint is whole"
+    ),
+    FailureKind.HUNG: Policy(
+        "a rank fell silent", 1, "look at the host that is named: its load, its memory, its network"
+    ),
+    FailureKind.FENCED: Policy("this process was cut off and replaced", 0, "nothing to do: the newer attempt goes on"),
+    FailureKind.UNKNOWN: Policy("an error that has no row in the table", 0, "read the traceback in the failure record"),
 }
 
 
@@ -59,6 +93,9 @@ LOST_NEIGHBOUR_SIGNS = (
     "NCCL error",
     "Timed out waiting",
 )
+MEMORY_SIGNS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+DISK_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space, quota used up, file-size limit: for the reader all of them are a full disk."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +122,21 @@ def classify(error: BaseException) -> FailureKind:
         return known.get(error.kind, FailureKind.UNKNOWN)
     if isinstance(error, HsmnError):
         return FailureKind.BAD_INPUT if error.exit_code == 2 else FailureKind.UNKNOWN
-    if isinstance(error, OSError) and error.errno == 28:
+    if isinstance(error, OSError) and error.errno in DISK_NUMBERS:
         return FailureKind.DISK_FULL
     if type(error).__name__ in ("DistBackendError", "DistNetworkError") or any(
         sign in str(error) for sign in LOST_NEIGHBOUR_SIGNS
     ):
         return FailureKind.WORKER_LOST
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+    if is_out_of_memory(error):
         return FailureKind.OUT_OF_MEMORY
     return FailureKind.UNKNOWN
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is the host's or the device's allocator giving up. gloo's own texts are no such thing."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(sign in text for sign in MEMORY_SIGNS)
 
 
 def write_failure(path: Path, record: FailureRecord) -> None:
@@ -114,5 +157,5 @@ def read_failures(folder: Path, attempt: str) -> list[FailureRecord]:
 
 
 def must_stop(records: list[FailureRecord]) -> bool:
-    """True when a record says that starting the ranks again would not help."""
-    return any(POLICIES[record.kind].retries == 0 for record in records)
+    """True when a record says that the launcher's starting the ranks again would not help: the driver decides."""
+    return any(not POLICIES[record.kind].is_replaced for record in records)

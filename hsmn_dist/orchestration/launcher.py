@@ -7,6 +7,7 @@ go away leaves a failure record first, and the restarted group sees it and leave
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ from hsmn_dist.orchestration.run_folder import RunFolder
 from hsmn_dist.orchestration.stage import StageSpec
 
 log = logger(__name__)
+KILL_AFTER_SECONDS = 5.0
 
 
 class StageLauncher(Protocol):
@@ -104,6 +106,20 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def descendants(pid: int) -> list[int]:
+    """Living processes below `pid`, by /proc; none where there is no /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            children.setdefault(parent, []).append(int(entry.name))
+    found, frontier = [], [pid]
+    while frontier:
+        frontier = [child for parent in frontier for child in children.get(parent, [])]
+        found += frontier
+    return found
+
+
 class LocalLauncher:
     """torchrun on this machine. Restarts the group up to `cluster.max_failures` times."""
 
@@ -135,17 +151,25 @@ class LocalLauncher:
         raise_for_records(specs, f"torchrun ended with status {status}; see {folder.path / 'ranks.log'}")
 
     def stop(self) -> None:
-        """Send TERM to torchrun, which passes it to the ranks."""
+        """Send TERM to torchrun, which passes it to the ranks; what is left after a few seconds is killed."""
         process = self._process
-        if process is not None and process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
+        if process is None or process.poll() is not None:
+            return
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(KILL_AFTER_SECONDS)
+        except subprocess.TimeoutExpired:  # a rank that is stopped or stuck in the kernel does not hear TERM
+            for member in [*descendants(process.pid), process.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member, signal.SIGKILL)
 
     def _command(self, specs: Sequence[StageSpec]) -> list[str]:
-        words = [sys.executable, "-m", "torch.distributed.run"]
+        words = [sys.executable, "-m", "hsmn_dist.orchestration.end_with_parent", "torch.distributed.run"]
         words += ["--nnodes", "1", "--nproc-per-node", str(self._cluster.ranks_per_node)]
         words += ["--max-restarts", str(self._cluster.max_failures)]
         words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
         words += ["-m", "hsmn_dist", "stage", "--run-folder", specs[0].run_folder, "--attempt", specs[0].attempt]
+        words += ["--ends-with-parent"]
         return [*words, "--index", str(specs[0].index), "--through", str(specs[-1].index)]
 
 

@@ -1,6 +1,6 @@
 """The only place that knows the run folder's paths.
 
-runs/<run_id>/ config.yaml provenance.json prepared.json journal.jsonl attempt.json baseline.json scorecard.*
+runs/<run_id>/ config.yaml provenance.json prepared.json journal.jsonl attempt.json adjustments.json baseline.json scorecard.*
   stages/00_<name>/ checkpoints/ ewc/ weights/ metrics.jsonl results.json failures/ COMPLETE
 runs/prepared/<digest>/   tokenizer and shards, shared by the runs that need the same
 runs/mlflow.db            the default tracker
@@ -42,6 +42,11 @@ class StageFolder:
     def metrics(self) -> Path:
         """Every metric point of the stage, one JSON object a line."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def examples(self) -> Path:
+        """Example indexes of every step, one JSON object a line, where `training.records_examples` is set."""
+        return self.path / "examples.jsonl"
 
     @property
     def results(self) -> Path:
@@ -99,6 +104,11 @@ class RunFolder:
     def attempt(self) -> Path:
         """Token of the attempt that may commit."""
         return self.path / "attempt.json"
+
+    @property
+    def adjustments(self) -> Path:
+        """What retries changed of the configuration (smaller micro-batches); absent as long as nothing was."""
+        return self.path / "adjustments.json"
 
     @property
     def baseline(self) -> Path:

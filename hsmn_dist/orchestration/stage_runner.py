@@ -23,6 +23,7 @@ from hsmn_dist.foundation.files import read_json, write_json, write_manifest
 from hsmn_dist.foundation.log import configure_logging, logger
 from hsmn_dist.models.build import build_model
 from hsmn_dist.models.contract import LanguageModel
+from hsmn_dist.orchestration.adjustments import adjusted
 from hsmn_dist.orchestration.attempt import claim
 from hsmn_dist.orchestration.curriculum import load_stored_config
 from hsmn_dist.orchestration.failures import (
@@ -52,11 +53,11 @@ def run_stages(specs: Sequence[StageSpec]) -> None:
     folder, attempt = specs[0].folder, specs[0].attempt
     if must_stop(read_failures(folder.path / "failures", attempt)):
         return  # the group was started again after an error that will not go away
-    config = load_stored_config(folder)
+    config = adjusted(load_stored_config(folder), folder)
     torch.set_num_threads(config.cluster.threads_per_rank)
     world = World.from_environment(config.cluster.device, timeout_seconds=max(60.0, config.cluster.stall_seconds))
     configure_logging(world.rank)
-    heart = Heart(folder.path / "heartbeats", world.rank)
+    heart = Heart(folder.path / "heartbeats", world.rank).start()
     try:
         fence = broadcast_object(claim(folder, attempt) if world.is_first else None)
         assert fence is not None
@@ -72,6 +73,8 @@ def run_stages(specs: Sequence[StageSpec]) -> None:
         if kind is not FailureKind.PREEMPTED:
             raise
         heart.beat(phase="done")
+    finally:
+        heart.stop()
 
 
 def _record(error: Exception, folder: RunFolder, rank: int, attempt: str) -> FailureKind:

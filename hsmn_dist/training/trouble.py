@@ -31,7 +31,7 @@ def judge(training: TrainingConfig, step: int, loss: float, gradient_norm: float
     """What to do with a step, from its global loss and gradient norm.
 
     Raises:
-        StageFailed: kind "non_finite", where the configuration says to stop.
+        StageFailed: kind "non_finite" or "loss_spike", where the configuration says to stop.
     """
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
         if training.on_non_finite == "stop":
@@ -43,9 +43,19 @@ def judge(training: TrainingConfig, step: int, loss: float, gradient_norm: float
                 kind="non_finite",
             )
         return training.on_non_finite
-    if training.on_loss_spike != "ignore" and is_spike(loss, recent, training.spike_sigma, training.spike_window_steps):
-        return training.on_loss_spike
-    return "go_on"
+    if training.on_loss_spike == "ignore" or not is_spike(
+        loss, recent, training.spike_sigma, training.spike_window_steps
+    ):
+        return "go_on"
+    if training.on_loss_spike == "stop":
+        raise StageFailed(
+            f"step {step}: loss {loss:g} after a mean of {statistics.fmean(recent[-training.spike_window_steps :]):g}",
+            allowed=f"at most {training.spike_sigma:g} standard deviations above the mean (training.spike_sigma)",
+            action="resume, or look at the data of that step; or set training.on_loss_spike to skip or rollback; the last "
+            "checkpoint is whole",
+            kind="loss_spike",
+        )
+    return training.on_loss_spike
 
 
 def check_budget(training: TrainingConfig, step: int, num_spent: int) -> None:

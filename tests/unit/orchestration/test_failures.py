@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from hsmn_dist.config.load import load_run_config
 from hsmn_dist.foundation.errors import ConfigError, DataError, Preempted, StageFailed
+from hsmn_dist.orchestration.adjustments import adjusted, shrink_micro_batch
 from hsmn_dist.orchestration.attempt import claim
-from hsmn_dist.orchestration.curriculum import create_run, reopen_run
+from hsmn_dist.orchestration.curriculum import Run, create_run, reopen_run, run_curriculum
 from hsmn_dist.orchestration.failures import (
     POLICIES,
     FailureKind,
@@ -22,10 +24,10 @@ from hsmn_dist.orchestration.failures import (
     write_failure,
 )
 from hsmn_dist.orchestration.heartbeat import Beat, Heart, read_beats, silent_rank
-from hsmn_dist.orchestration.journal import append_event, read_events
+from hsmn_dist.orchestration.journal import append_event, read_events, run_status
 from hsmn_dist.orchestration.launcher import clear_failures, raise_for_records
 from hsmn_dist.orchestration.run_folder import RunFolder
-from hsmn_dist.orchestration.stage import stage_specs
+from hsmn_dist.orchestration.stage import StageSpec, stage_specs
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "runs" / "hsmn_debug_demo_cpu.yaml"
 
@@ -44,6 +46,13 @@ def record(kind: FailureKind, rank: int, attempt: str = "a") -> FailureRecord:
         (OSError(errno.ENOSPC, "no space"), FailureKind.DISK_FULL),
         (MemoryError(), FailureKind.OUT_OF_MEMORY),
         (RuntimeError("CUDA out of memory"), FailureKind.OUT_OF_MEMORY),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+            FailureKind.OUT_OF_MEMORY,
+        ),
+        (OSError(errno.EDQUOT, "quota"), FailureKind.DISK_FULL),
+        (StageFailed("a", kind="loss_spike"), FailureKind.LOSS_SPIKE),
+        (StageFailed("a", kind="fenced"), FailureKind.FENCED),
         (RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"), FailureKind.WORKER_LOST),
         (KeyError("a defect"), FailureKind.UNKNOWN),
     ],
@@ -84,7 +93,7 @@ def test_records_become_the_error_that_explains_the_end(tmp_path: Path) -> None:
     write_failure(run.folder.failure(1), record(FailureKind.OUT_OF_MEMORY, 1, run.attempt))
     with pytest.raises(StageFailed, match="rank 1 on host") as failed:
         raise_for_records(specs, "status 1")
-    assert "micro_batch_examples" in failed.value.action
+    assert "zero_stage" in failed.value.action
 
 
 def test_a_resumed_run_fences_the_attempt_before_it(tmp_path: Path) -> None:
@@ -132,3 +141,95 @@ def test_a_silent_rank_is_found_and_named(tmp_path: Path) -> None:
     silent = silent_rank(late, 60, now)
     assert silent is not None
     assert (silent.rank, silent.step, silent.phase) == (1, 7, "train")
+
+
+def stand_still(rank: int, step: int, since: float, breathes: bool, now: float) -> Beat:
+    return Beat(rank, "host", "math", 0, "train", step, 9, None, None, now - since, now if breathes else now - since, 1)
+
+
+def test_the_rank_that_does_not_breathe_is_blamed_and_not_those_that_wait_for_it() -> None:
+    now = time.time()
+    waiting, stopped = stand_still(0, 7, 101, True, now), stand_still(1, 7, 100, False, now)
+    assert silent_rank([waiting, stopped], 60, now) is stopped
+    behind = stand_still(1, 6, 100, True, now)
+    assert silent_rank([waiting, behind], 60, now) is behind, "all breathe: the one furthest behind holds the others up"
+
+
+def test_a_heart_breathes_while_its_rank_waits(tmp_path: Path) -> None:
+    heart = Heart(tmp_path, 0).start()
+    heart.beat(phase="train", step=3)
+    before = read_beats(tmp_path)[0]
+    deadline = time.monotonic() + 20
+    while read_beats(tmp_path)[0].alive <= before.alive:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    heart.stop()
+    assert read_beats(tmp_path)[0].time == before.time
+
+
+class FailingLauncher:
+    """Fails with the given errors, one a launch, then ends every stage."""
+
+    def __init__(self, run: Run, errors: list[StageFailed]) -> None:
+        self.run, self.errors = run, errors
+        self.micro_batches: list[int] = []
+
+    def launch(self, specs: Sequence[StageSpec]) -> None:
+        self.micro_batches.append(adjusted(self.run.config, self.run.folder).training.micro_batch_examples)
+        if self.errors:
+            raise self.errors.pop(0)
+        for spec in specs:
+            place = self.run.folder.stage(spec.index, spec.name).complete
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.touch()
+
+    def stop(self) -> None:
+        return
+
+
+def curriculum_of(tmp_path: Path, kinds: list[str]) -> tuple[Run, FailingLauncher]:
+    run = create_run(load_run_config(DEMO, [f"run_root={tmp_path}", "training.micro_batch_examples=4"]))
+    return run, FailingLauncher(run, [StageFailed(f"a {kind}", kind=kind, rank=1) for kind in kinds])
+
+
+def nothing(_: Run) -> None:
+    return
+
+
+def test_an_allocator_that_gave_up_gets_smaller_micro_batches_and_the_same_global_batch(tmp_path: Path) -> None:
+    run, launcher = curriculum_of(tmp_path, ["out_of_memory", "out_of_memory"])
+    run_curriculum(run, launcher, nothing, nothing)
+    assert launcher.micro_batches == [4, 2, 1]
+    again = adjusted(run.config, run.folder)
+    assert again.training.global_batch_examples == run.config.training.global_batch_examples
+    retried = [event for event in read_events(run.folder.journal) if event["event"] == "retried"]
+    assert [event["kind"] for event in retried] == ["out_of_memory"] * 2
+    assert "micro_batch_examples 1" in retried[-1]["change"]
+
+
+def test_memory_that_does_not_suffice_for_one_example_ends_the_run(tmp_path: Path) -> None:
+    run, launcher = curriculum_of(tmp_path, ["out_of_memory"] * 3)
+    with pytest.raises(StageFailed, match="out_of_memory"):
+        run_curriculum(run, launcher, nothing, nothing)
+    assert launcher.micro_batches == [4, 2, 1]
+
+
+@pytest.mark.parametrize("kind", list(FailureKind))
+def test_each_kind_is_retried_exactly_as_often_as_its_row_says(kind: FailureKind, tmp_path: Path) -> None:
+    budget = POLICIES[kind].retries
+    if POLICIES[kind].halves_micro_batch:
+        budget = min(budget, 2)  # 4, 2, 1
+    run, launcher = curriculum_of(tmp_path / "enough", [kind.value] * budget)
+    run_curriculum(run, launcher, nothing, nothing)
+    run, launcher = curriculum_of(tmp_path / "too_many", [kind.value] * (budget + 1))
+    with pytest.raises(StageFailed, match=kind.value):
+        run_curriculum(run, launcher, nothing, nothing)
+    assert run_status(read_events(run.folder.journal)) == "failed"
+
+
+def test_a_micro_batch_shrinks_to_its_divisors(tmp_path: Path) -> None:
+    config = load_run_config(
+        DEMO, [f"run_root={tmp_path}", "training.micro_batch_examples=6", "training.global_batch_examples=12"]
+    )
+    run = create_run(config)
+    assert [shrink_micro_batch(config, run.folder) for _ in range(3)] == [3, 1, None]

@@ -47,6 +47,9 @@ def test_a_spike_follows_its_own_policy_and_is_ignored_by_default() -> None:
     assert judge(TrainingConfig(on_loss_spike="skip"), 0, 9.0, 1.0, CALM) == "skip"
     assert judge(TrainingConfig(on_loss_spike="rollback"), 0, 9.0, 1.0, CALM) == "rollback"
     assert judge(TrainingConfig(on_loss_spike="skip"), 0, 2.0, 1.0, CALM) == "go_on"
+    with pytest.raises(StageFailed, match="loss 9 after a mean of") as stopped:
+        judge(TrainingConfig(on_loss_spike="stop"), 0, 9.0, 1.0, CALM)
+    assert stopped.value.kind == "loss_spike"
 
 
 def test_the_budget_is_exact() -> None:
