@@ -16,10 +16,11 @@ from hsmn_dist.data.stream.cursor import Cursor
 from hsmn_dist.data.stream.loader import Batch, StreamLoader, build_loader, iter_split
 from hsmn_dist.data.stream.plan import StreamSettings, StreamSource
 from hsmn_dist.data.tokenizer import TOKENIZER_NAME
-from hsmn_dist.distributed.collectives import barrier, broadcast_object
+from hsmn_dist.distributed.collectives import all_gather_objects, barrier, broadcast_object
 from hsmn_dist.distributed.determinism import derived_seed, seed_everything
 from hsmn_dist.models.build import build_model
 from hsmn_dist.optim.schedules import learning_rate
+from hsmn_dist.orchestration.journal import append_event, read_events
 from hsmn_dist.orchestration.rank_context import RankContext
 from hsmn_dist.orchestration.report import run_tags
 from hsmn_dist.orchestration.run_folder import StageFolder
@@ -27,7 +28,7 @@ from hsmn_dist.orchestration.stage import StageSpec, training_stages
 from hsmn_dist.tracking import metric_names
 from hsmn_dist.tracking.build import TrackedRun, build_tracker
 from hsmn_dist.tracking.jsonl_tracker import read_series
-from hsmn_dist.tracking.tracker import FinishStatus, Tracker
+from hsmn_dist.tracking.tracker import FencedTracker, FinishStatus, Tracker
 from hsmn_dist.training.build import build_engine
 from hsmn_dist.training.checkpoint import Checkpointer
 from hsmn_dist.training.engine import Engine
@@ -115,7 +116,7 @@ class StageTraining:
         )
         tracker = build_tracker(config.tracking, tracked, self._context.world.rank)
         tracker.log_params(self._stage.model_dump(mode="json"))
-        return tracker
+        return FencedTracker(tracker, self._context.fence.check) if self._context.world.is_first else tracker
 
     def _train(self, engine: Engine, memory: EwcMemory, tracker: Tracker) -> TrainResult:
         config, heart = self._config, self._context.heart
@@ -140,8 +141,16 @@ class StageTraining:
                 mask=self._mask(engine),
                 on_step=on_step,
                 should_stop=self._context.wants_to_stop,
+                record_examples=self._record_examples if config.training.records_examples else None,
             )
         )
+
+    def _record_examples(self, step: int, own: list[int]) -> None:
+        """The global batch of a step, rank by rank. Of a step that was done again after a resume, the last line counts."""
+        ranks = all_gather_objects(own)
+        if self._context.world.is_first:
+            self._context.fence.check()
+            append_event(self._folder.examples, "examples", step=step, examples=ranks)
 
     def _penalty(self, engine: Engine, memory: EwcMemory) -> EwcPenalty | None:
         continual = self._config.continual
@@ -267,6 +276,12 @@ class StageTraining:
                 "num_parameters": num_parameters,
             }
         )
+
+
+def recorded_examples(path: Path) -> dict[int, list[list[int]]]:
+    """Step -> example indexes of each rank, from a stage's `examples.jsonl`, in the order of the steps."""
+    lines = {int(event["step"]): event["examples"] for event in read_events(path)}
+    return dict(sorted(lines.items()))
 
 
 def _num_elements(shape: tuple[int, ...]) -> int:

@@ -6,11 +6,12 @@ A tracker is passed in, never global. No tracker may stop a run: a back end that
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from hsmn_dist.foundation.errors import HsmnError
 from hsmn_dist.foundation.log import logger, warn_once
 
 FinishStatus = Literal["finished", "failed", "preempted"]
@@ -166,3 +167,53 @@ class CompositeTracker:
     def finish(self, status: FinishStatus = "finished") -> None:
         """See Tracker."""
         self._each("finish", status)
+
+
+class FencedTracker:
+    """Passes calls on while this process may write; a process that was cut off and replaced gets the fence's error instead.
+
+    Outside a `CompositeTracker`, which would only warn of it: the numbers of two attempts must never mix.
+    """
+
+    def __init__(self, tracker: Tracker, check: Callable[[], None]) -> None:
+        self._tracker = tracker
+        self._check = check
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """See Tracker."""
+        self._check()
+        self._tracker.log_params(params)
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """See Tracker."""
+        self._check()
+        self._tracker.log_metrics(values, step)
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """See Tracker."""
+        self._check()
+        self._tracker.log_artifact(path, folder)
+
+    def log_figure(self, path: Path) -> None:
+        """See Tracker."""
+        self._check()
+        self._tracker.log_figure(path)
+
+    def log_dataset(self, name: str, digest: str, source: str, context: str = "training") -> None:
+        """See Tracker."""
+        self._check()
+        self._tracker.log_dataset(name, digest, source, context)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """See Tracker."""
+        self._check()
+        self._tracker.set_tags(tags)
+
+    def finish(self, status: FinishStatus = "finished") -> None:
+        """See Tracker. Of a process that was replaced, nothing is written: the stage goes on elsewhere."""
+        try:
+            self._check()
+        except HsmnError as error:
+            _log.warning("the tracker is left as it is: %s", error.found)
+            return
+        self._tracker.finish(status)

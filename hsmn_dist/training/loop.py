@@ -118,6 +118,7 @@ class TrainParts:
         mask: pruning, if any.
         on_step: called after each step with the steps done, the loss and tokens per second (heartbeat).
         should_stop: true when the machine asked this rank to leave; the ranks agree on it.
+        record_examples: called on every rank after each step with its number and this rank's example indexes, if anybody asks.
     """
 
     engine: Engine
@@ -133,6 +134,7 @@ class TrainParts:
     mask: WeightMask | None = None
     on_step: Callable[[int, float | None, float | None], None] = _no_beat
     should_stop: Callable[[], bool] = _never
+    record_examples: Callable[[int, list[int]], None] | None = None
 
 
 @dataclass
@@ -219,7 +221,8 @@ class _Stage:
             self._validate()
         while self._state.step < self._parts.num_steps and not self._is_out_of_patience():
             with self._meter.part("data"):
-                batch = [_as_model_input(micro) for micro in next(batches)]
+                handed_out = next(batches)
+                batch = [_as_model_input(micro) for micro in handed_out]
                 counts = self._count(batch)
             if counts.asks_to_stop:
                 self._leave()
@@ -227,6 +230,8 @@ class _Stage:
             has_advanced = self._step(batch, counts)
             self._state.cursor = cursor
             if has_advanced:
+                if self._parts.record_examples is not None:
+                    self._parts.record_examples(self._state.step - 1, _example_indexes(handed_out))
                 self._keep_up()
             else:
                 self._save()
@@ -421,6 +426,11 @@ class _Stage:
 
 
 _FIELDS = tuple(entry.name for entry in dataclasses.fields(ModelInput))
+
+
+def _example_indexes(micro_batches: Iterable[Any]) -> list[int]:
+    """Indexes of the examples in a rank's micro-batches; rows that only fill up have index -1."""
+    return [index for micro in micro_batches for index in micro["example_index"].tolist() if index >= 0]
 
 
 def _as_model_input(batch: Batch | ModelInput) -> ModelInput:

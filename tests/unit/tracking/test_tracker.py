@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from hsmn_dist.foundation.errors import StageFailed
 from hsmn_dist.tracking import metric_names
-from hsmn_dist.tracking.tracker import CompositeTracker, InMemoryTracker, NullTracker, Tracker
+from hsmn_dist.tracking.tracker import CompositeTracker, FencedTracker, InMemoryTracker, NullTracker, Tracker
 
 
 class BrokenTracker(NullTracker):
@@ -69,3 +70,36 @@ def test_metric_names_follow_the_form_room_slash_quantity_and_are_unique():
 def test_composed_names_begin_with_their_prefix(name):
     assert name.startswith((metric_names.GRADIENT_NORM_PREFIX, metric_names.TASK_PREFIX))
     assert metric_names.task_score("mmlu", "accuracy") == "task/mmlu/accuracy"
+
+
+def test_a_process_that_was_replaced_adds_nothing() -> None:
+    is_replaced = False
+
+    def check() -> None:
+        if is_replaced:
+            raise StageFailed("attempt a was replaced", kind="fenced")
+
+    inner = InMemoryTracker()
+    tracker: Tracker = FencedTracker(CompositeTracker([inner]), check)
+    tracker.log_metrics({"train/loss_nats": 2.0}, step=0)
+    is_replaced = True
+    for call in (
+        lambda: tracker.log_metrics({"train/loss_nats": 1.0}, step=1),
+        lambda: tracker.log_params({"a": 1}),
+        lambda: tracker.set_tags({"a": "b"}),
+        lambda: tracker.log_figure(Path("a.png")),
+        lambda: tracker.log_artifact(Path("a.txt")),
+        lambda: tracker.log_dataset("a", "b", "c"),
+    ):
+        with pytest.raises(StageFailed, match="was replaced"):
+            call()
+    tracker.finish("failed")
+    assert inner.points == [("train/loss_nats", 0, 2.0)]
+    assert inner.status is None and not inner.params and not inner.tags
+
+
+def test_a_fenced_tracker_passes_everything_on_while_it_may() -> None:
+    fenced, plain = InMemoryTracker(), InMemoryTracker()
+    use_everything(FencedTracker(fenced, lambda: None))
+    use_everything(plain)
+    assert fenced == plain
