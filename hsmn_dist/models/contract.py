@@ -62,8 +62,9 @@ class TargetLoss(Protocol):
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """Negative log-likelihood in nats, computed in fp32. Shapes as in `TargetLoss`."""
-    return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    """Negative log-likelihood in nats, computed in fp32, or in float64 for such logits. Shapes as in `TargetLoss`."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(wide, labels, reduction="none")
 
 
 @dataclass
@@ -94,6 +95,19 @@ class LanguageModel(nn.Module, abc.ABC):
     def forward_windows(self, inputs: ModelInput, target_loss: TargetLoss | None = None) -> ModelOutput:
         """As `forward`, for scoring on one process: a family may read a long target in windows. Equal results."""
         return self.forward(inputs, target_loss=target_loss)
+
+    def score_continuations(self, inputs: ModelInput, owners: Tensor, target_loss: TargetLoss | None) -> ModelOutput:
+        """As `forward_windows`, for R targets that share U contexts: several answers to each question.
+
+        A family may read each context once; this one repeats it. Equal results, up to the order of sums.
+
+        Args:
+            inputs: contexts [U, n] and targets [R, T].
+            owners: [R] row of the context of each target.
+            target_loss: as in `forward`.
+        """
+        contexts = inputs.context_ids.index_select(0, owners), inputs.context_mask.index_select(0, owners)
+        return self.forward_windows(ModelInput(*contexts, inputs.target_ids, inputs.loss_mask), target_loss)
 
     def parameter_periods(self) -> dict[str, int]:
         """Optimizer steps between two updates, for parameters that are not updated at every step."""

@@ -1,7 +1,7 @@
 """TextModel: text in, log-likelihoods or text out; all that evaluation and a server see of a model.
 
-Unusual: requests are sorted by length before they are batched, and answers come back in the order asked; a row's answer
-depends neither on its batch nor on that order. Contexts longer than `max_context_tokens` lose their oldest tokens.
+Unusual: requests are sorted by length and context before they are batched, a context that several targets of a batch share
+is read once, and answers come back in the order asked; a row's answer depends neither on its batch nor on that order. Contexts longer than `max_context_tokens` lose their oldest tokens.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class LocalTextModel:
         ]
         order = sorted(
             (index for index, (_, target) in enumerate(encoded) if target),
-            key=lambda index: (len(encoded[index][0]), len(encoded[index][1]), index),
+            key=lambda index: (len(encoded[index][0]), encoded[index][0], len(encoded[index][1]), index),
         )
         for start in range(0, len(order), self.batch_examples):
             batch = order[start : start + self.batch_examples]
@@ -227,10 +227,10 @@ class LocalTextModel:
         return ids.to(self.device), mask.to(self.device)
 
     def _score(self, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[list[float], list[int]]:
-        """Nats and number of tokens that were not the most probable one, for each row."""
-        inputs = ModelInput(
-            *self._padded([context for context, _ in rows]), *self._padded([target for _, target in rows])
-        )
+        """Nats and number of tokens that were not the most probable one, for each row; equal contexts are read once."""
+        places = {tuple(context): place for place, context in enumerate(dict.fromkeys(tuple(c) for c, _ in rows))}
+        owners = torch.tensor([places[tuple(context)] for context, _ in rows], device=self.device)
+        inputs = ModelInput(*self._padded(list(places)), *self._padded([target for _, target in rows]))
         misses = torch.zeros(len(rows), dtype=torch.int64, device=self.device)
 
         def loss(logits: Tensor, labels: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
@@ -238,7 +238,10 @@ class LocalTextModel:
             return cross_entropy(logits, labels, rows, positions)
 
         with torch.inference_mode():
-            output = self.model.forward_windows(inputs, target_loss=loss)
+            if len(places) < len(rows):
+                output = self.model.score_continuations(inputs, owners, loss)
+            else:
+                output = self.model.forward_windows(inputs, target_loss=loss)
         assert output.nll is not None
         return output.nll.double().sum(dim=1).tolist(), misses.tolist()
 

@@ -150,6 +150,19 @@ class HopeModel(LanguageModel):
         nll = torch.zeros(inputs.target_ids.shape, dtype=losses.dtype, device=losses.device)
         return ModelOutput(nll=nll.index_put((batch_rows, positions), losses), state=after, aux=aux)
 
+    def score_continuations(self, inputs: ModelInput, owners: Tensor, target_loss: TargetLoss | None) -> ModelOutput:
+        """See `LanguageModel.score_continuations`: each context is read once, its last token pending."""
+        lengths = inputs.context_mask.sum(1)
+        if not bool((lengths > 0).all()):
+            return super().score_continuations(inputs, owners, target_loss)
+        first = torch.full_like(inputs.context_ids[:, :1], BOS_ID)
+        # <bos> takes one place in front, and the pending token one at the end: `lengths` tokens are read.
+        _, state = self.read(torch.cat([first, inputs.context_ids[:, :-1]], 1), lengths)
+        state.pending = inputs.context_ids.gather(1, lengths[:, None] - 1)[:, 0]
+        nothing = inputs.target_ids[:, :0]
+        rest = ModelInput(nothing, nothing.bool(), inputs.target_ids, inputs.loss_mask)
+        return self.forward(rest, state.rows(owners), target_loss)
+
     def start(self, context_ids: Tensor, context_mask: Tensor) -> tuple[Tensor, HopeState]:
         """See `LanguageModel.start`."""
         first = torch.full_like(context_ids[:, :1], BOS_ID) if context_ids.shape[1] else None

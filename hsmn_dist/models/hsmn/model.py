@@ -247,7 +247,17 @@ class HsmnModel(LanguageModel):
         for ZeRO-3 ranks that must stay in step.
         """
         bad_input.check_inputs(inputs, self.config, None)
-        state = self.open_target(*self.read_context(inputs.context_ids, inputs.context_mask))
+        memory, is_valid = self.read_context(inputs.context_ids, inputs.context_mask)
+        return self._score_windows(self.open_target(memory, is_valid), inputs, target_loss)
+
+    def score_continuations(self, inputs: ModelInput, owners: Tensor, target_loss: TargetLoss | None) -> ModelOutput:
+        """See `LanguageModel.score_continuations`: the tree of each context is built once."""
+        bad_input.check_context(inputs.context_ids, inputs.context_mask, self.config)
+        memory, is_valid = self.read_context(inputs.context_ids, inputs.context_mask)
+        state = self.open_target(memory.index_select(0, owners), is_valid.index_select(0, owners))
+        return self._score_windows(state, inputs, target_loss)
+
+    def _score_windows(self, state: HsmnState, inputs: ModelInput, target_loss: TargetLoss | None) -> ModelOutput:
         parts = []
         for start in range(0, inputs.target_ids.shape[1], self.config.window_size):
             window = slice(start, start + self.config.window_size)
