@@ -10,9 +10,7 @@ import typer
 
 from hsmn_dist.foundation.errors import ConfigError
 
-EXAMPLE = (
-    "Examples: hsmn-dist evaluate latest;  hsmn-dist evaluate RUN --dataset gsm8k --source rows.jsonl --num-examples 50"
-)
+EXAMPLE = "Examples: hsmn-dist evaluate latest;  hsmn-dist evaluate RUN --dataset gsm8k=rows.jsonl --num-examples 50 --num-shots 4"
 
 
 def command(
@@ -21,18 +19,28 @@ def command(
     task: list[str] = typer.Option(
         [], "--task", "--tasks", help="Task of the run; all of them when absent. May be repeated."
     ),
-    dataset: str = typer.Option("", help="Score this dataset instead of the run's tasks."),
-    source: str = typer.Option("", help="Local rows of --dataset; empty: built-in rows or the hub."),
+    dataset: list[str] = typer.Option(
+        [],
+        metavar="NAME[=FILE]",
+        help="Score this dataset instead of the run's tasks, from local rows if a file is named. May be repeated.",
+    ),
+    source: str = typer.Option("", help="Local rows of a single --dataset; empty: built-in rows or the hub."),
     num_examples: int | None = typer.Option(None, help="Examples per task; the configuration's when absent."),
     max_new_tokens: int | None = typer.Option(None, help="Longest answer; the configuration's when absent."),
     runs_model_code: bool = typer.Option(False, "--run-model-code", help="Run model-written programs in the sandbox."),
     harness: str = typer.Option("", help="`lm-eval` runs --task from that harness instead of the run's tasks."),
     include_path: Path | None = typer.Option(None, help="Folder of task YAML files for --harness (works offline)."),
-    num_shots: int | None = typer.Option(None, help="Shots for --harness; each task's own number when absent."),
+    num_shots: int | None = typer.Option(
+        None,
+        help="Solved examples before each question; the configuration's when absent (of --harness: each task's own).",
+    ),
     run_root: Path = typer.Option(Path("runs"), help="Folder of runs."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Score weights on test examples and print every score with its conditions."""
+    from rich.console import Console
+    from rich.progress import track
+
     from hsmn_dist.config.evaluation import EvaluationConfig
     from hsmn_dist.evaluation.runner import evaluate_task
     from hsmn_dist.orchestration.trained_model import load_trained
@@ -47,13 +55,15 @@ def command(
         changes |= {"num_examples": num_examples, "num_loss_examples": num_examples}
     if max_new_tokens is not None:
         changes["max_new_tokens"] = max_new_tokens
+    if num_shots is not None:
+        changes["num_shots"] = num_shots
     settings = EvaluationConfig.model_validate({**settings.model_dump(), **changes})
     model = trained.text_model(settings.batch_examples)
-    limit = max(settings.num_examples, settings.num_loss_examples)
-    results = [
-        evaluate_task(model, name, examples, settings, split).to_json()
-        for name, split, examples in _examples(trained, dataset, source, task, limit)
-    ]
+    parts = _dataset_parts(dataset, source, settings) if dataset else _run_parts(trained, task, settings)
+    results = []
+    console = Console(stderr=True)
+    for name, split, examples, shots in track(parts, "evaluating", console=console, disable=not console.is_terminal):
+        results.append(evaluate_task(model, name, examples, settings, split, shots).to_json())
     if as_json:
         typer.echo(json.dumps(results, indent=2))
     else:
@@ -80,40 +90,54 @@ def _run_harness(
     )
 
 
-def _examples(
-    trained: Any, dataset: str, source: str, tasks: list[str], limit: int
-) -> list[tuple[str, str, list[Any]]]:
-    """(task, split, examples) of what is to be scored."""
-    if dataset:
-        from itertools import islice
+Part = tuple[str, str, list[Any], list[Any]]
+"""Task, split, examples, shots."""
 
-        from hsmn_dist.config.data import DatasetConfig
-        from hsmn_dist.data.builtin import preprocessor_of
-        from hsmn_dist.data.preprocessors.base import SkipCounter, require_usable
-        from hsmn_dist.data.raw_reader import read_rows
 
-        skipped = SkipCounter()
-        rows = read_rows(DatasetConfig(name=dataset, source=source, num_examples=limit))
-        examples = list(islice(preprocessor_of(dataset)(rows, skipped), limit))
-        require_usable(dataset, len(examples), skipped)
-        return [(dataset, "all", examples)]
-    if trained.config is None:
+def _dataset_parts(datasets: list[str], source: str, settings: Any) -> list[Part]:
+    """Rows of datasets named on the command line; the shots are the examples behind those that are scored."""
+    from itertools import islice
+
+    from hsmn_dist.config.data import DatasetConfig
+    from hsmn_dist.data.builtin import preprocessor_of
+    from hsmn_dist.data.preprocessors.base import SkipCounter, require_usable
+    from hsmn_dist.data.raw_reader import read_rows
+
+    if source and len(datasets) > 1:
         raise ConfigError(
-            "weights outside a run have no tasks", allowed="--dataset NAME, with --source FILE", action="name a dataset"
+            f"--source with {len(datasets)} datasets",
+            allowed="--source with one --dataset",
+            action="name the files beside the datasets: --dataset gsm8k=a.jsonl --dataset sciq=b.jsonl",
         )
-    from hsmn_dist.data.shards.reader import read_examples
+    parts: list[Part] = []
+    limit = max(settings.num_examples, settings.num_loss_examples)
+    for given in datasets:
+        name, _, file = given.partition("=")
+        skipped = SkipCounter()
+        wanted = limit + settings.num_shots
+        rows = read_rows(DatasetConfig(name=name, source=file or source, num_examples=wanted))
+        examples = list(islice(preprocessor_of(name)(rows, skipped), wanted))
+        require_usable(name, len(examples), skipped)
+        num_scored = max(1, len(examples) - settings.num_shots)
+        parts.append((name, "all", examples[:num_scored], examples[num_scored:]))
+    return parts
+
+
+def _run_parts(trained: Any, tasks: list[str], settings: Any) -> list[Part]:
+    """Test examples of the run's tasks, with shots from their training split."""
+    if trained.config is None:
+        raise ConfigError("weights outside a run have no tasks", allowed="--dataset NAME=FILE", action="name a dataset")
     from hsmn_dist.foundation.files import read_json
-    from hsmn_dist.orchestration.stage_evaluation import task_folders
+    from hsmn_dist.orchestration.stage_evaluation import task_folders, test_examples, training_shots
 
     folders = task_folders(trained.config, read_json(trained.folder.prepared))
     unknown = [name for name in tasks if name not in folders]
     if unknown:
         raise ConfigError(f"--task {unknown[0]}", allowed=", ".join(folders), action="choose one of the run's tasks")
-    found = []
-    for name in tasks or list(folders):
-        share = -(-limit // len(folders[name]))
-        found.append((name, "test", [row for folder in folders[name] for row in read_examples(folder, "test", share)]))
-    return found
+    return [
+        (name, "test", test_examples(folders[name], settings), training_shots(folders[name], settings.num_shots))
+        for name in tasks or list(folders)
+    ]
 
 
 def _print(results: list[dict[str, Any]]) -> None:

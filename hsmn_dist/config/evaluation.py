@@ -11,6 +11,9 @@ class EvaluationConfig(Section):
     """Scoring of every task after every stage. Greedy unless a temperature is given."""
 
     num_examples: int = Field(32, ge=1, description="Test examples per task, the first ones of the test split.")
+    num_shots: int = Field(
+        0, ge=0, description="Solved training examples shown before each question; 0 asks without any."
+    )
     num_loss_examples: int = Field(128, ge=1, description="Test examples per task for the loss column of the matrix.")
     max_new_tokens: int = Field(64, ge=1, description="Longest generated answer.")
     temperature: float = Field(0.0, ge=0, description="0 is greedy.")

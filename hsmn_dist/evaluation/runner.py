@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from hsmn_dist.config.evaluation import EvaluationConfig
@@ -23,7 +24,12 @@ PROMPT_VERSION = "1"
 
 
 def evaluate_task(
-    model: TextModel, task: str, examples: Sequence[Example], settings: EvaluationConfig, split: str = "test"
+    model: TextModel,
+    task: str,
+    examples: Sequence[Example],
+    settings: EvaluationConfig,
+    split: str = "test",
+    shots: Sequence[Example] = (),
 ) -> TaskResult:
     """Score `examples` by their kind, and the loss of their targets.
 
@@ -33,9 +39,10 @@ def evaluate_task(
         examples: of one split; `settings.num_examples` of them are scored, `settings.num_loss_examples` give the loss.
         settings: decoding, limits, seed.
         split: written into the conditions.
+        shots: solved examples shown before every question, the first `settings.num_shots` of them; of another split.
 
     Raises:
-        DataError: no examples.
+        DataError: no examples; fewer shots than asked; a shot that is scored itself.
     """
     if not examples:
         raise DataError(
@@ -43,6 +50,8 @@ def evaluate_task(
             allowed="at least one example",
             action="prepare more rows, or give the split a larger share (data.split)",
         )
+    shots = _checked_shots(task, shots, examples, settings)
+    examples = with_shots(examples, shots)
     scored = spread(examples, settings.num_examples)
     by_kind: dict[str, list[int]] = {}
     for index, example in enumerate(scored):
@@ -50,7 +59,9 @@ def evaluate_task(
     parts = {kind: SCORERS[kind](model, [scored[i] for i in places], settings) for kind, places in by_kind.items()}
     loss_examples = spread(examples, settings.num_loss_examples)
     nll, tokens, num_bytes = target_loss(model, loss_examples)
-    conditions = _conditions(settings, split, len(examples), parts)
+    conditions = _conditions(settings, split, len(examples), parts) | {"shots": len(shots)}
+    if shots:
+        conditions["shot_ids"] = [shot.id for shot in shots]
     return _assemble(
         task,
         scored,
@@ -64,6 +75,37 @@ def evaluate_task(
             "num_loss_examples": len(loss_examples),
         },
     )
+
+
+SHOT_DELIMITER = "\n\n"
+"""Between two shots, and before the question: the delimiter of lm-evaluation-harness."""
+
+
+def with_shots(examples: Sequence[Example], shots: Sequence[Example]) -> list[Example]:
+    """The same questions behind the solved ones; everything that scores them is untouched."""
+    prefix = "".join(f"{shot.context}{shot.target}{SHOT_DELIMITER}" for shot in shots)
+    return [replace(example, context=prefix + example.context) for example in examples] if prefix else list(examples)
+
+
+def _checked_shots(
+    task: str, shots: Sequence[Example], examples: Sequence[Example], settings: EvaluationConfig
+) -> list[Example]:
+    shots = list(shots[: settings.num_shots])
+    if len(shots) < settings.num_shots:
+        raise DataError(
+            f"task {task!r}: {len(shots)} shots where evaluation.num_shots asks for {settings.num_shots}",
+            allowed="as many solved examples of another split as there are shots",
+            action="prepare more training rows, or lower evaluation.num_shots",
+        )
+    scored = {example.id for example in examples}
+    leaked = [shot.id for shot in shots if shot.id in scored]
+    if leaked:
+        raise DataError(
+            f"task {task!r}: example {leaked[0]!r} is a shot and is scored too",
+            allowed="shots from another split than the scored examples",
+            action="take the shots from the training split",
+        )
+    return shots
 
 
 def spread(examples: Sequence[Example], count: int) -> list[Example]:
@@ -83,7 +125,6 @@ def target_loss(model: TextModel, examples: Sequence[Example]) -> tuple[float, i
 def _conditions(settings: EvaluationConfig, split: str, num_given: int, parts: dict[str, KindScores]) -> dict[str, Any]:
     conditions: dict[str, Any] = {
         "split": split,
-        "shots": 0,
         "prompt_version": PROMPT_VERSION,
         "selection": f"spread evenly over the first {num_given} examples of the split",
         "temperature": settings.temperature,

@@ -6,11 +6,14 @@ others waiting. Each rank holds a whole copy of the model here; the planner chec
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from hsmn_dist.config.evaluation import EvaluationConfig
 from hsmn_dist.config.run import RunConfig
+from hsmn_dist.data.example import Example
 from hsmn_dist.data.shards.reader import read_examples
 from hsmn_dist.data.tokenizer import load_tokenizer
 from hsmn_dist.distributed.collectives import all_gather_objects
@@ -25,9 +28,22 @@ Progress = Callable[[int, int], None]
 def task_folders(config: RunConfig, prepared: dict[str, Any]) -> dict[str, list[Path]]:
     """Task name -> prepared folders of its datasets. Each stage of the curriculum is a task."""
     return {
-        stage.name: [Path(prepared["folders"][dataset.name]) for dataset in stage.datasets]
+        stage.name: [Path(prepared["folders"][dataset.key]) for dataset in stage.datasets]
         for stage in config.curriculum.stages
     }
+
+
+def test_examples(folders: Sequence[Path], settings: EvaluationConfig) -> list[Example]:
+    """The first test examples of a task's datasets, equally many of each."""
+    share = -(-max(settings.num_examples, settings.num_loss_examples) // len(folders))
+    return [example for folder in folders for example in read_examples(folder, "test", share)]
+
+
+def training_shots(folders: Sequence[Path], count: int) -> list[Example]:
+    """The first `count` training examples of a task, dealt over its datasets in turn."""
+    share = -(-count // len(folders))
+    rows = [list(read_examples(folder, "train", share)) for folder in folders] if count else []
+    return [example for turn in zip_longest(*rows) for example in turn if example is not None][:count]
 
 
 def evaluate_tasks(
@@ -48,10 +64,9 @@ def evaluate_tasks(
     for index, (name, folders) in enumerate(tasks):
         if index % world.world_size != world.rank:
             continue
-        limit = max(config.evaluation.num_examples, config.evaluation.num_loss_examples)
-        share = -(-limit // len(folders))
-        examples = [example for folder in folders for example in read_examples(folder, "test", share)]
-        mine[name] = evaluate_task(text_model, name, examples, config.evaluation).to_json()
+        examples = test_examples(folders, config.evaluation)
+        shots = training_shots(folders, config.evaluation.num_shots)
+        mine[name] = evaluate_task(text_model, name, examples, config.evaluation, shots=shots).to_json()
         progress(index + 1, len(tasks))
     merged: dict[str, Any] = {}
     for part in all_gather_objects(mine):
