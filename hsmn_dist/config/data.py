@@ -31,6 +31,12 @@ class DatasetConfig(Section):
     name: str = Field(
         description="A built-in source (word_problems, stdlib_code, passkey) or one of the known datasets; it decides the preprocessor."
     )
+    label: str = Field(
+        "",
+        pattern=r"^[a-z0-9_]*$",
+        description="What this run calls it; needed where one dataset appears with two settings (a curriculum of lengths). "
+        "Built-in rows are drawn anew for each label. Empty: the name.",
+    )
     source: str = Field(
         "",
         description="Local JSONL, CSV, Parquet file or folder of text; empty: built-in rows or the dataset's hub id.",
@@ -51,6 +57,12 @@ class DatasetConfig(Section):
     passkey_tokens: int = Field(
         192, ge=16, description="Words of filler around the fact in the built-in `passkey` source."
     )
+    passkey_digits: int = Field(5, ge=1, le=12, description="Digits of the key in the built-in `passkey` source.")
+
+    @property
+    def key(self) -> str:
+        """What names it in this run: the label, or the name."""
+        return self.label or self.name
 
 
 class DataConfig(Section):

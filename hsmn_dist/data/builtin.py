@@ -2,8 +2,8 @@
 
 The first two have the columns of gsm8k and code_search_net and go through those preprocessors. `passkey` hides a fact in
 filler and asks for it (Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.3); `text` cuts documents into a context and
-its continuation. What is unusual: row i is decided by (name, i) alone, so more examples never change the earlier ones, and
-the Python version enters only `stdlib_code`.
+its continuation. What is unusual: row i is decided by (name or label, i) alone, so more examples never change the earlier
+ones, and the Python version enters only `stdlib_code`.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ _PROBLEMS: tuple[Callable[[int, int, int, str, str], tuple[str, str, int]], ...]
 def word_problems(dataset: DatasetConfig) -> Iterator[Row]:
     """Rows {question, answer}: one or two steps with numbers from 2 to 9, worked out, then '#### N'."""
     for number in range(dataset.num_examples or DEFAULT_EXAMPLES):
-        draw = _random("word_problems", number)
+        draw = _random(dataset.key, number)
         problem = draw.choice(_PROBLEMS)
         a, b, c = (draw.randint(2, 9) for _ in range(3))
         question, steps, answer = problem(a, b, c, draw.choice(_NAMES), draw.choice(_ITEMS))
@@ -120,10 +120,11 @@ def word_problems(dataset: DatasetConfig) -> Iterator[Row]:
 
 
 def passkey(dataset: DatasetConfig) -> Iterator[Row]:
-    """Rows {context, question, answer}: a five-digit key somewhere in about `passkey_tokens` words of filler."""
+    """Rows {context, question, answer}: a key of `passkey_digits` somewhere in about `passkey_tokens` words of filler."""
+    smallest = 10 ** (dataset.passkey_digits - 1)
     for number in range(dataset.num_examples or DEFAULT_EXAMPLES):
-        draw = _random("passkey", number)
-        key = str(draw.randint(10_000, 99_999))
+        draw = _random(dataset.key, number)
+        key = str(draw.randint(smallest, 10 * smallest - 1))
         sentences: list[str] = []
         num_words = 0
         while num_words < dataset.passkey_tokens:
@@ -137,7 +138,7 @@ def passkey(dataset: DatasetConfig) -> Iterator[Row]:
 def list_sorting(dataset: DatasetConfig) -> Iterator[Row]:
     """Rows {context, question, answer}: four to six different one-digit numbers, to be put in order."""
     for number in range(dataset.num_examples or DEFAULT_EXAMPLES):
-        draw = _random("list_sorting", number)
+        draw = _random(dataset.key, number)
         digits = draw.sample(range(10), draw.randint(4, 6))
         value = {
             "context": f"Numbers: {' '.join(map(str, digits))}.",

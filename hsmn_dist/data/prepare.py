@@ -50,7 +50,7 @@ SETTINGS = ".settings"
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Where a run's data lies: the tokenizer's file, and each dataset's folder by name.
+    """Where a run's data lies: the tokenizer's file, and each dataset's folder by name or label.
 
     A URL stands there as a `Path` too; `shards.remote.folder_name` gives it back, and the readers do so themselves.
     """
@@ -82,7 +82,7 @@ def prepare_curriculum(
     """Prepare every dataset under `root/<digest>/`, with one tokenizer over all of them.
 
     Args:
-        datasets: of all stages; a dataset that appears twice must have the same settings (its weight apart).
+        datasets: of all stages; one that appears twice has equal settings (weight apart) or a label.
         data: split, limits, shard size, number of processes.
         tokenizer: what to train or load.
         root: folder of prepared data.
@@ -99,13 +99,13 @@ def prepare_curriculum(
     resolved = [_resolve(dataset, fingerprints) for dataset in unique if not dataset.shards]
     digest = _digest(resolved, data, tokenizer, fingerprints)
     home = root / digest[:DIGEST_LETTERS]
-    jobs = [_Job(dataset, home / dataset.name, digest, origin) for dataset, origin in resolved]
-    given = {dataset.name: dataset.shards for dataset in unique if dataset.shards}
+    jobs = [_Job(dataset, home / dataset.key, digest, origin) for dataset, origin in resolved]
+    given = {dataset.key: dataset.shards for dataset in unique if dataset.shards}
     with disk_errors_as_data_errors(home), _locked(root / f".{home.name}.lock"):
         if given:
             _use_given_shards(given, data, tokenizer, home / TOKENIZER_NAME)
         _prepare(jobs, data, tokenizer, home / TOKENIZER_NAME, fingerprints, progress, executor)
-    folders = {job.dataset.name: job.folder for job in jobs} | {name: Path(folder) for name, folder in given.items()}
+    folders = {job.dataset.key: job.folder for job in jobs} | {name: Path(folder) for name, folder in given.items()}
     return PreparedData(home / TOKENIZER_NAME, folders)
 
 
@@ -180,8 +180,8 @@ def _prepare(
     _make_shards(todo, data, tokenizer_path, progress, executor)
     notes = _contamination_notes(jobs, todo, data, progress)
     for job in todo:
-        extra = {"origin": job.origin, **notes.get(job.dataset.name, {})}
-        index = build_index(job.folder, job.work, tokenizer, job.dataset.name, job.digest, extra)
+        extra = {"origin": job.origin, **notes.get(job.dataset.key, {})}
+        index = build_index(job.folder, job.work, tokenizer, job.dataset.key, job.digest, extra)
         save_index(job.folder, index)
         shutil.rmtree(job.work, ignore_errors=True)
         is_complete(job.folder, job.digest, fingerprints)  # remembers the hashes for the next start
@@ -237,7 +237,7 @@ def _make_examples(jobs: list[_Job], data: DataConfig, progress: Progress, execu
     chosen = executor or build_executor(data.prepare_workers, len(tasks))
     if isinstance(chosen, InlineExecutor):
         for task in tasks:
-            phase = f"{task.dataset.name}: examples"
+            phase = f"{task.dataset.key}: examples"
             run_examples_task(task, partial(_report, progress, phase))
             total = sum(read_manifest(Path(task.work_folder))["counts"].values())
             progress.update(phase, total, total)
@@ -253,17 +253,17 @@ def _contamination_notes(
 
     Built-in datasets are left out: they are made of a few sentences, which every item shares with every other.
     """
-    benchmarks = {job.dataset.name: job for job in todo if known_source(job.dataset.name) is not None}
+    benchmarks = {job.dataset.key: job for job in todo if known_source(job.dataset.name) is not None}
     if not data.contamination_words or not benchmarks:
         return {}
-    fresh = {job.dataset.name for job in todo}
+    fresh = {job.dataset.key for job in todo}
 
     def examples(job: _Job, split: str) -> Iterator[Example]:
-        return iter_examples(job.work, split) if job.dataset.name in fresh else read_examples(job.folder, split)
+        return iter_examples(job.work, split) if job.dataset.key in fresh else read_examples(job.folder, split)
 
     reports = measure_contamination(
         {name: islice(examples(job, "test"), data.contamination_items) for name, job in benchmarks.items()},
-        {job.dataset.name: examples(job, "train") for job in jobs},
+        {job.dataset.key: examples(job, "train") for job in jobs},
         ngram_words=data.contamination_words,
         min_words=min(DEFAULT_MIN_WORDS, data.contamination_words),
     )
@@ -312,11 +312,11 @@ def _unique(datasets: Sequence[DatasetConfig]) -> list[DatasetConfig]:
     for dataset in datasets:
         preprocessor_of(dataset.name)  # an unknown name is refused before anything is read
         plain = dataset.model_copy(update={"weight": 1.0})
-        if by_name.setdefault(dataset.name, plain) != plain:
+        if by_name.setdefault(dataset.key, plain) != plain:
             raise ConfigError(
-                f"dataset {dataset.name!r} appears twice with different settings",
-                allowed="one set of settings per dataset name in a run (weights may differ)",
-                action="give both the same source, revision and number of examples",
+                f"dataset {dataset.key!r} appears twice with different settings",
+                allowed="one set of settings per name or label in a run (weights may differ)",
+                action="give both the same settings, or one of them a label",
             )
     return list(by_name.values())
 

@@ -149,7 +149,7 @@ def _run_facts(config: RunConfig, folder: RunFolder, results: list[dict[str, Any
         "git_commit": origin["git_commit"],
         "packages": origin["packages"],
         "created": origin["created"],
-        "datasets": {stage.name: [dataset.name for dataset in stage.datasets] for stage in config.curriculum.stages},
+        "datasets": {stage.name: [dataset.key for dataset in stage.datasets] for stage in config.curriculum.stages},
     }
 
 

@@ -42,7 +42,7 @@ def training_stages(config: RunConfig) -> tuple[StageConfig, ...]:
     stages = config.curriculum.stages
     if config.continual.method != "joint":
         return stages
-    datasets = tuple({dataset.name: dataset for stage in stages for dataset in stage.datasets}.values())
+    datasets = tuple({dataset.key: dataset for stage in stages for dataset in stage.datasets}.values())
     steps = sum(stage.max_steps or config.training.max_steps for stage in stages)
     return (StageConfig(name="joint", datasets=datasets, max_steps=steps),)
 

@@ -163,7 +163,7 @@ class StageTraining:
 
     def _sources(self, stage: StageConfig) -> list[StreamSource]:
         folders = self._context.prepared["folders"]
-        return [StreamSource(Path(folders[dataset.name]), dataset.weight) for dataset in stage.datasets]
+        return [StreamSource(Path(folders[dataset.key]), dataset.weight) for dataset in stage.datasets]
 
     def _open_stream(self, cursor: dict[str, Any] | None) -> StreamLoader:
         config, world = self._config, self._context.world

@@ -61,6 +61,18 @@ def test_the_passkey_filler_is_as_long_as_asked() -> None:
     assert 16 <= len(short.value["context"].split()) < 40 and len(long.value["context"].split()) >= 500
 
 
+def test_keys_have_the_digits_asked_for_and_a_label_draws_other_rows() -> None:
+    def contexts(**settings: object) -> list[str]:
+        dataset = DatasetConfig.model_validate(
+            {"name": "passkey", "num_examples": 30, "passkey_tokens": 16, **settings}
+        )
+        return [str(row.value["context"]) for row in GENERATORS["passkey"](dataset)]
+
+    for text in contexts(passkey_digits=3):
+        assert re.search(r"key is (\d{3})\. Remember \1\.", text)
+    assert not set(contexts(label="short")) & set(contexts())
+
+
 def test_library_code_parses_and_does_not_hold_its_documentation() -> None:
     for example in examples("stdlib_code", 200):
         ast.parse(example.target)

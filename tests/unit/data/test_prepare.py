@@ -402,3 +402,19 @@ def test_a_disk_that_fills_up_leaves_nothing_that_the_next_run_would_trust(
             prepare_curriculum(DATASETS, DATA, tokenizer, tmp_path)
     again = prepare_curriculum(DATASETS, DATA, tokenizer, tmp_path)
     assert files_of(again.tokenizer_path.parent) == files_of(prepared.tokenizer_path.parent)
+
+
+def test_one_dataset_with_two_settings_needs_a_label(tmp_path: Path) -> None:
+    short = DatasetConfig(name="passkey", num_examples=30, passkey_tokens=16)
+    long = short.model_copy(update={"passkey_tokens": 64})
+    with pytest.raises(ConfigError) as caught:
+        prepare_curriculum([short, long], DATA, BYTES, tmp_path)
+    assert "label" in caught.value.action
+    labelled = long.model_copy(update={"label": "passkey_long"})
+    prepared = prepare_curriculum([short, labelled], DATA, BYTES, tmp_path)
+    assert set(prepared.folders) == {"passkey", "passkey_long"}
+    words = {
+        name: [len(example.context.split()) for example in read_examples(folder, "train")]
+        for name, folder in prepared.folders.items()
+    }
+    assert max(words["passkey"]) < min(words["passkey_long"])
