@@ -29,6 +29,11 @@ class TrainingConfig(Section):
     micro_batch_examples: int = Field(
         4, ge=1, description="Examples per forward pass and rank; accumulation follows from the two."
     )
+    context_parallel: int = Field(
+        1,
+        ge=1,
+        description="Ranks that share the chunks of each context (family hsmn); the others divide the examples. 1: off.",
+    )
     max_gradient_norm: float = Field(
         1.0, ge=0, description="Global gradient norm above which gradients are scaled down; 0 switches clipping off."
     )

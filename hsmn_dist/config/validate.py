@@ -19,6 +19,7 @@ def check_run(config: RunConfig, where: Where) -> None:
         ConfigError: names the key path, its file and line, what is allowed, and what to change.
     """
     for check in (
+        _check_context_parallel,
         _check_batch,
         _check_precision,
         _check_offload,
@@ -45,16 +46,35 @@ def _check_batch(config: RunConfig, where: Where) -> None:
             "one rank",
             "set cluster.ranks_per_node to 1, or use engine deepspeed",
         )
-    unit = training.micro_batch_examples * world_size
+    data_ranks = max(1, world_size // training.context_parallel)
+    unit = training.micro_batch_examples * data_ranks
     if training.global_batch_examples % unit:
         near = max(unit, round(training.global_batch_examples / unit) * unit)
         _refuse(
             where,
             "training.global_batch_examples",
-            f"{training.global_batch_examples} is not a multiple of micro_batch_examples x ranks = {training.micro_batch_examples} x {world_size}",
+            f"{training.global_batch_examples} is not a multiple of micro_batch_examples x ranks = {training.micro_batch_examples} x {data_ranks}",
             f"a multiple of {unit}",
             f"for example {near}, or a smaller micro_batch_examples",
         )
+
+
+def _check_context_parallel(config: RunConfig, where: Where) -> None:
+    size, world_size = config.training.context_parallel, config.cluster.num_nodes * config.cluster.ranks_per_node
+    if size == 1:
+        return
+    if world_size % size:
+        problem, allowed = f"{size} on {world_size} ranks", "a divisor of the number of ranks"
+    elif config.model.family not in ("hsmn", "hsmn_hope"):
+        problem, allowed = (
+            f"{size} with family {config.model.family!r}, which has no chunks",
+            "family hsmn or hsmn_hope",
+        )
+    elif config.training.compiles_model:
+        problem, allowed = f"{size} with training.compiles_model", "a model that is not compiled"
+    else:
+        return
+    _refuse(where, "training.context_parallel", problem, allowed, "change it, or set it to 1 (off)")
 
 
 def _check_precision(config: RunConfig, where: Where) -> None:

@@ -31,6 +31,7 @@ from hsmn_dist.tracking.jsonl_tracker import read_series
 from hsmn_dist.tracking.tracker import FencedTracker, FinishStatus, Tracker
 from hsmn_dist.training.build import build_engine
 from hsmn_dist.training.checkpoint import Checkpointer
+from hsmn_dist.training.context_parallel import data_place, undivided
 from hsmn_dist.training.engine import Engine
 from hsmn_dist.training.export import export_weights, load_weights
 from hsmn_dist.training.fisher_pass import run_fisher
@@ -177,20 +178,23 @@ class StageTraining:
             replay_fraction=config.continual.replay_fraction,
         )
         start = None if cursor is None else Cursor.from_json(cursor)
-        return build_loader(self._sources(self._stage), "train", settings, world.rank, world.world_size, start)
+        place = data_place(config.training, world)
+        return build_loader(self._sources(self._stage), "train", settings, *place, start)
 
-    def _split_batches(self, split: str, micro_batch: int, num_examples: int, seed: int | None) -> Iterator[Batch]:
-        """`num_examples` of a split, an equal part from each dataset of the stage."""
-        world, sources = self._context.world, self._sources(self._stage)
+    def _split_batches(
+        self, split: str, micro_batch: int, num_examples: int, seed: int | None, place: tuple[int, int]
+    ) -> Iterator[Batch]:
+        """`num_examples` of a split, an equal part from each dataset of the stage, for rank `place[0]` of `place[1]`."""
+        sources = self._sources(self._stage)
         share = -(-num_examples // len(sources))
         for source in sources:
-            yield from iter_split(
-                source.folder, split, micro_batch, world.rank, world.world_size, share, shuffle_seed=seed
-            )
+            yield from iter_split(source.folder, split, micro_batch, *place, share, shuffle_seed=seed)
 
     def _validation_batches(self) -> Iterator[Batch]:
         training = self._config.training
-        return self._split_batches("validation", training.micro_batch_examples, training.num_validation_examples, None)
+        place = data_place(training, self._context.world)
+        size, count = training.micro_batch_examples, training.num_validation_examples
+        return self._split_batches("validation", size, count, None, place)
 
     def _remember(self, engine: Engine, memory: EwcMemory, tracker: Tracker) -> dict[str, Any] | None:
         """Measure what this stage needs kept and write it, merged with the stages before, to the stage's store."""
@@ -208,9 +212,13 @@ class StageTraining:
         return dataclasses.asdict(memory.tasks[-1])
 
     def _fisher(self, engine: Engine, tracker: Tracker) -> tuple[Any, Any]:
-        config = self._config.continual.fisher
+        config, world = self._config.continual.fisher, self._context.world
         batches = lambda: self._split_batches(  # noqa: E731
-            "train", config.micro_batch_examples, config.num_fisher_examples, config.seed
+            "train",
+            config.micro_batch_examples,
+            config.num_fisher_examples,
+            config.seed,
+            (world.rank, world.world_size),
         )
         total = sum(self._counts(batches))
         heart = self._context.heart
@@ -220,7 +228,8 @@ class StageTraining:
             heart.beat(step=done, num_steps=of)
 
         unfinished = self._folder.path / "fisher_unfinished"
-        fisher = run_fisher(engine, batches(), config, self._context.world, total, progress, unfinished)
+        with undivided(engine.module):  # squares of gradients need each example's whole gradient on one rank
+            fisher = run_fisher(engine, batches(), config, world, total, progress, unfinished)
         tracker.log_metrics({metric_names.FISHER_EXAMPLES: float(total)}, self._num_steps)
         return fisher, fisher_record(self._spec.name, config, total)
 

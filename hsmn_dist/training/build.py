@@ -10,6 +10,7 @@ from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.extras import require
 from hsmn_dist.models.contract import LanguageModel
 from hsmn_dist.training.activation_checkpointing import checkpoint_blocks
+from hsmn_dist.training.context_parallel import divide_context
 from hsmn_dist.training.engine import Engine
 from hsmn_dist.training.local_engine import LocalEngine
 
@@ -36,6 +37,7 @@ def build_engine(
         MissingExtraError: engine 'deepspeed' without the package.
     """
     model = model_factory()
+    divide_context(model, training, world)
     checkpoint_blocks(model, training.activation_checkpointing)
     own_periods = getattr(model, "parameter_periods", None)
     periods = dict(periods if periods is not None else own_periods() if own_periods is not None else {})

@@ -19,10 +19,11 @@ def accumulation_steps(training: TrainingConfig, world_size: int) -> int:
     Raises:
         ConfigError: the global batch is not a multiple of micro_batch_examples x ranks.
     """
-    unit = training.micro_batch_examples * world_size
+    data_ranks = max(1, world_size // training.context_parallel)
+    unit = training.micro_batch_examples * data_ranks
     if training.global_batch_examples % unit:
         raise ConfigError(
-            f"training.global_batch_examples {training.global_batch_examples} on {world_size} ranks of "
+            f"training.global_batch_examples {training.global_batch_examples} on {data_ranks} ranks of "
             f"{training.micro_batch_examples} examples",
             allowed=f"a multiple of {unit}",
             action="change global_batch_examples, micro_batch_examples, or the number of ranks",
@@ -48,7 +49,8 @@ def deepspeed_config(training: TrainingConfig, world_size: int, device_type: Lit
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": training.micro_batch_examples,
         "gradient_accumulation_steps": accumulation_steps(training, world_size),
-        "train_batch_size": training.global_batch_examples,
+        # DeepSpeed counts rows that ranks share once for each of them.
+        "train_batch_size": training.global_batch_examples * training.context_parallel,
         # At stage 0 DeepSpeed clips without telling the norm, so the engine does it.
         "gradient_clipping": training.max_gradient_norm if stage else 0.0,
         "bf16": {"enabled": is_bf16},

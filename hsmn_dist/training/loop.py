@@ -180,8 +180,12 @@ def train(parts: TrainParts) -> TrainResult:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Global facts of a batch, summed over ranks before the forward pass."""
+    """Global facts of a batch, summed over ranks before the forward pass.
 
+    `num_scored` counts a target once for each rank that scores it: more often than `num_targets` where ranks share rows.
+    """
+
+    num_scored: int
     num_targets: int
     num_tokens: int
     num_examples: int
@@ -265,13 +269,14 @@ class _Stage:
         examples = sum(int(micro.loss_mask.any(1).sum()) for micro in batch)
         facts = torch.tensor([targets, targets + contexts, examples, int(self._parts.should_stop())])
         total = [int(value) for value in all_reduce_sum(facts)]
-        return _Counts(total[0], total[1], total[2], total[3] > 0)
+        copies = self._training.context_parallel
+        return _Counts(total[0], total[0] // copies, total[1] // copies, total[2] // copies, total[3] > 0)
 
     def _forward_backward(self, batch: list[ModelInput], counts: _Counts) -> float:
         total = torch.zeros((), device=self._parts.world.device)
         for micro in batch:
-            total += self._engine.forward_backward(micro, max(counts.num_targets, 1))
-        return float(all_reduce_sum(total)) / max(counts.num_targets, 1)
+            total += self._engine.forward_backward(micro, max(counts.num_scored, 1))
+        return float(all_reduce_sum(total)) / max(counts.num_scored, 1)
 
     def _add_penalties(self, is_logged: bool) -> float:
         penalty, l2, value = self._parts.penalty, self._training.l2, 0.0
@@ -362,7 +367,7 @@ class _Stage:
             names.VALIDATION_LOSS: loss,
             names.VALIDATION_BEST_LOSS: loss if best is None else min(loss, best),
             names.VALIDATION_PERPLEXITY: math.exp(min(loss, 700.0)),
-            names.VALIDATION_TOKENS: num_tokens_sum,
+            names.VALIDATION_TOKENS: num_tokens_sum / self._training.context_parallel,
             names.VALIDATION_SECONDS: time.perf_counter() - started,
         }
         self._parts.tracker.log_metrics(values, max(state.step - 1, 0))
