@@ -132,6 +132,7 @@ class HopeModel(LanguageModel):
             state.check_batch(inputs.target_ids.shape[0])
             first = state.pending
         rows = build_rows(inputs, first, self.config.pad_id)
+        _check_tokens(inputs.target_ids, self.vocab_size)  # the last label is never read, and so not in `rows`
         hidden, blocks, aux = self._run(rows, state, returns_state=state is not None)
         after = None
         if state is not None and state.num_tokens is not None:
