@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import yaml
 
 from hsmn_dist.config.load import config_digest, run_config_from_mapping, write_resolved
 from hsmn_dist.config.run import RunConfig
+from hsmn_dist.data.shards.remote import folder_name, is_url
 from hsmn_dist.foundation.errors import CheckpointError, ConfigError, HsmnError, Preempted, StageFailed
 from hsmn_dist.foundation.files import sha256_of_file, write_json, write_text
 from hsmn_dist.foundation.log import logger
@@ -102,7 +104,7 @@ def run_curriculum(
             _launch_until_done(run, launcher)
         finish(run)
     except Preempted:
-        append_event(folder.journal, "run_preempted", attempt=run.attempt)
+        _note_end(run, "run_preempted")
         raise
     except HsmnError as error:
         kind, rank = classify(error).value, getattr(error, "rank", -1)
@@ -119,6 +121,14 @@ def run_curriculum(
     finally:
         launcher.stop()
     append_event(folder.journal, "run_completed", attempt=run.attempt)
+
+
+def _note_end(run: Run, event: str, **fields: Any) -> None:
+    """A last line of the journal. A full disk is no reason to hide the error that is on its way."""
+    try:
+        append_event(run.folder.journal, event, attempt=run.attempt, **fields)
+    except OSError as error:
+        log.warning("%s: the journal could not be written: %s", run.folder.journal, error)
 
 
 def _launch_until_done(run: Run, launcher: StageLauncher) -> None:
@@ -169,7 +179,9 @@ def record_prepared(folder: RunFolder, tokenizer: Path, folders: dict[str, Path]
         folder.prepared,
         {
             "tokenizer": str(tokenizer.resolve()),
-            "folders": {name: str(path.resolve()) for name, path in folders.items()},
+            "folders": {
+                name: folder_name(path) if is_url(path) else str(path.resolve()) for name, path in folders.items()
+            },
         },
     )
 

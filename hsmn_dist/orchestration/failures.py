@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import enum
 import errno
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,9 +141,33 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(sign in text for sign in MEMORY_SIGNS)
 
 
+RESERVED_BYTES = 32 * 1024
+
+
+def reserve_failure(path: Path) -> None:
+    """Take the space of a rank's record in advance, so that a full disk can be told."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _reserve_of(path).open("wb") as stream:
+        stream.write(b" " * RESERVED_BYTES)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def write_failure(path: Path, record: FailureRecord) -> None:
-    """Write a rank's record atomically."""
-    write_json(path, {**record.__dict__, "kind": record.kind.value})
+    """Write a rank's record atomically; into the reserved space where the disk takes no new file."""
+    value = {**record.__dict__, "kind": record.kind.value}
+    try:
+        write_json(path, value)
+    except OSError:
+        short = {**value, "message": record.message[:2000], "found": record.found[:2000], "traceback": ""}
+        reserve = _reserve_of(path)
+        with reserve.open("r+b") as stream:  # the spaces behind the text are JSON too
+            stream.write(json.dumps(short).encode())
+        reserve.replace(path)
+
+
+def _reserve_of(path: Path) -> Path:
+    return path.with_name(f".reserved_{path.name}")
 
 
 def read_failures(folder: Path, attempt: str) -> list[FailureRecord]:

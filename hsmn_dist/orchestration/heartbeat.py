@@ -75,7 +75,7 @@ class Heart:
 
     def _breathe(self) -> None:
         while not self._ended.wait(BREATH_SECONDS):
-            with self._lock, contextlib.suppress(OSError):  # a full disk is told by the training, not by its heart
+            with self._lock:
                 self._write(time.time())
 
     def _write(self, now: float) -> None:
@@ -91,8 +91,9 @@ class Heart:
             **{name: self._fields[name] for name in ("stage", "stage_index", "phase", "step", "num_steps")},
         )
         aside = self._path.with_suffix(".tmp")
-        aside.write_text(json.dumps(asdict(beat)))
-        aside.replace(self._path)
+        with contextlib.suppress(OSError):  # a full disk is told by the training, not by its heart
+            aside.write_text(json.dumps(asdict(beat)))
+            aside.replace(self._path)
 
 
 def read_beats(folder: Path) -> list[Beat]:

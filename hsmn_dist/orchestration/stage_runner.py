@@ -32,6 +32,7 @@ from hsmn_dist.orchestration.failures import (
     classify,
     must_stop,
     read_failures,
+    reserve_failure,
     write_failure,
 )
 from hsmn_dist.orchestration.heartbeat import Heart
@@ -59,6 +60,7 @@ def run_stages(specs: Sequence[StageSpec]) -> None:
     configure_logging(world.rank)
     heart = Heart(folder.path / "heartbeats", world.rank).start()
     try:
+        reserve_failure(folder.failure(world.rank))
         fence = broadcast_object(claim(folder, attempt) if world.is_first else None)
         assert fence is not None
         context = RankContext(config, folder, world, fence, heart, read_json(folder.prepared))

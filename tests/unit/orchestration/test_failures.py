@@ -21,6 +21,7 @@ from hsmn_dist.orchestration.failures import (
     classify,
     must_stop,
     read_failures,
+    reserve_failure,
     write_failure,
 )
 from hsmn_dist.orchestration.heartbeat import Beat, Heart, read_beats, silent_rank
@@ -233,3 +234,16 @@ def test_a_micro_batch_shrinks_to_its_divisors(tmp_path: Path) -> None:
     )
     run = create_run(config)
     assert [shrink_micro_batch(config, run.folder) for _ in range(3)] == [3, 1, None]
+
+
+def test_a_full_disk_can_still_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "rank_00000.json"
+    reserve_failure(place)
+    assert read_failures(tmp_path, "a") == []
+
+    def no_space(path: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hsmn_dist.orchestration.failures.write_json", no_space)
+    write_failure(place, record(FailureKind.DISK_FULL, 0))
+    assert [item.kind for item in read_failures(tmp_path, "a")] == [FailureKind.DISK_FULL]
