@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field
 
 from hsmn_dist.config.section import Section
+
+STORE_SCHEMES = ("s3", "gs", "gcs", "abfs", "az", "file", "memory")
+STORE_RULE = (
+    ", ".join(f"{scheme}://..." for scheme in STORE_SCHEMES) + " without a password; no commands, no chained URLs"
+)
+_STORE_URI = re.compile(r"([a-z][a-z0-9+.-]*)://([^?#]*)")
+
+
+def store_uri_problem(uri: str) -> str | None:
+    """What is wrong with the URI of an object store, in words without the URI itself (it may hold a password); None: nothing."""
+    match = _STORE_URI.fullmatch(uri)
+    if match is None or match.group(1) not in STORE_SCHEMES or "::" in uri:
+        return "no plain URI of a known store"
+    parts = match.group(2).split("/")
+    if "@" in parts[0] and ":" in parts[0]:
+        return "a name and password in the URI"
+    return "'..' in the path" if ".." in parts else None
 
 
 class OffloadConfig(Section):
@@ -49,6 +67,14 @@ class TrainingConfig(Section):
         description="Training waits for the copy of its state only, and a thread writes it; needs host memory for the copy.",
     )
     keep_last_checkpoints: int = Field(2, ge=1, description="Older checkpoints are removed, the best one excepted.")
+    checkpoint_uri: str = Field(
+        "",
+        description="Folder in an object store (s3://, gs://, abfs://, file://) that checkpoints are also sent to, behind the "
+        "training, and fetched from when the local ones are gone; each stage of each run has its own folder there.",
+    )
+    checkpoint_upload_wait_seconds: float = Field(
+        60.0, ge=0, description="How long the end of a stage waits for an upload that is on its way."
+    )
     log_every_steps: int = Field(10, ge=1, description="Optimizer steps between two points on the tracker.")
     activation_checkpointing: Literal["none", "every_block", "every_second_block"] = Field(
         "none", description="Recompute blocks in the backward pass to save memory."
@@ -66,7 +92,8 @@ class TrainingConfig(Section):
         "checkpoint and leave out the batches since then.",
     )
     on_loss_spike: Literal["ignore", "stop", "skip", "rollback"] = Field(
-        "ignore", description="At a loss far above the recent ones: train on, stop, skip the batch, or go back as above."
+        "ignore",
+        description="At a loss far above the recent ones: train on, stop, skip the batch, or go back as above.",
     )
     spike_sigma: float = Field(
         6.0, gt=0, description="Standard deviations above the mean of the recent losses that count as a spike."
@@ -76,7 +103,8 @@ class TrainingConfig(Section):
         16, ge=0, description="Skips and rollbacks allowed in a stage; one more stops it (0: none is allowed)."
     )
     records_examples: bool = Field(
-        False, description="Write the example indexes of every global batch to the stage's examples.jsonl (a line a step)."
+        False,
+        description="Write the example indexes of every global batch to the stage's examples.jsonl (a line a step).",
     )
     l2: float = Field(
         0.0, ge=0, description="Coefficient of sum(w^2) added to the loss as the original does (1e-6 there)."

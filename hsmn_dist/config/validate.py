@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hsmn_dist.config.run import RunConfig
+from hsmn_dist.config.training import STORE_RULE, store_uri_problem
 from hsmn_dist.config.yaml_source import KeyPath
 from hsmn_dist.foundation.errors import ConfigError
 
@@ -21,6 +22,7 @@ def check_run(config: RunConfig, where: Where) -> None:
     for check in (
         _check_context_parallel,
         _check_batch,
+        _check_checkpoint_uri,
         _check_precision,
         _check_offload,
         _check_model,
@@ -75,6 +77,14 @@ def _check_context_parallel(config: RunConfig, where: Where) -> None:
     else:
         return
     _refuse(where, "training.context_parallel", problem, allowed, "change it, or set it to 1 (off)")
+
+
+def _check_checkpoint_uri(config: RunConfig, where: Where) -> None:
+    uri = config.training.checkpoint_uri
+    problem = store_uri_problem(uri) if uri else None
+    if problem is not None:
+        action = "name one store; give credentials by the store's own environment variables or files"
+        _refuse(where, "training.checkpoint_uri", problem, STORE_RULE, action)
 
 
 def _check_precision(config: RunConfig, where: Where) -> None:

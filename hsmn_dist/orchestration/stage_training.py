@@ -18,6 +18,7 @@ from hsmn_dist.data.stream.plan import StreamSettings, StreamSource
 from hsmn_dist.data.tokenizer import TOKENIZER_NAME
 from hsmn_dist.distributed.collectives import all_gather_objects, barrier, broadcast_object
 from hsmn_dist.distributed.determinism import derived_seed, seed_everything
+from hsmn_dist.foundation.errors import Preempted
 from hsmn_dist.models.build import build_model
 from hsmn_dist.optim.schedules import learning_rate
 from hsmn_dist.orchestration.journal import append_event, read_events
@@ -36,6 +37,7 @@ from hsmn_dist.training.engine import Engine
 from hsmn_dist.training.export import export_weights, load_weights
 from hsmn_dist.training.fisher_pass import run_fisher
 from hsmn_dist.training.loop import TrainParts, TrainResult, train
+from hsmn_dist.training.remote_checkpoints import STAGING, RemoteCheckpoints
 from hsmn_dist.training.sparsity import PruningMask
 
 PROTECTING = ("ewc", "ewc+replay", "l2")
@@ -54,7 +56,11 @@ class StageTraining:
         self._folder: StageFolder = context.folder.stage(spec.index, spec.name)
         self._num_steps = self._stage.max_steps or self._config.training.max_steps
         self._checkpointer = Checkpointer(
-            self._folder.checkpoints, context.world, self._config.training.keep_last_checkpoints, context.fence.check
+            self._folder.checkpoints,
+            context.world,
+            self._config.training.keep_last_checkpoints,
+            context.fence.check,
+            remote=self._remote_checkpoints(),
         )
 
     def run(self) -> dict[str, Any]:
@@ -71,11 +77,31 @@ class StageTraining:
             summary["fisher"] = self._remember(engine, memory, tracker)
             self._export(engine, result)
             self._draw(tracker)
+            summary["checkpoint_uploads"] = self._finish_uploads()
             status = "finished"
+        except Preempted:
+            self._finish_uploads()
+            raise
         finally:
             tracker.finish(status if not self._context.wants_to_stop() else "preempted")
             engine.close()
         return summary
+
+    def _remote_checkpoints(self) -> RemoteCheckpoints | None:
+        training, folder = self._config.training, self._context.folder
+        if not training.checkpoint_uri:
+            return None
+        uri = f"{training.checkpoint_uri.rstrip('/')}/{folder.run_id}/{self._folder.path.name}"
+        staging = self._folder.checkpoints / STAGING
+        return RemoteCheckpoints(uri, staging, training.keep_last_checkpoints, self._context.fence.check)
+
+    def _finish_uploads(self) -> dict[str, Any] | None:
+        """Give an upload that is on its way some time, less of it when the machine goes away."""
+        seconds = self._config.training.checkpoint_upload_wait_seconds
+        if self._context.wants_to_stop():
+            seconds = min(seconds, self._config.cluster.grace_seconds / 2)
+        report = self._checkpointer.finish_uploads(seconds)
+        return None if report is None else dataclasses.asdict(report)
 
     def _build_engine(self) -> Engine:
         """Weights are drawn from the run's seed, the same on all ranks; later stages take over the stage before's."""

@@ -33,6 +33,7 @@ from hsmn_dist.foundation.files import (
 )
 from hsmn_dist.foundation.log import logger
 from hsmn_dist.training.engine import Engine
+from hsmn_dist.training.remote_checkpoints import RemoteCheckpoints, UploadReport
 from hsmn_dist.training.shard_files import shard_file, weights_alone, write_snapshot
 
 log = logger(__name__)
@@ -115,6 +116,7 @@ class Checkpointer:
         keep_last: int = 2,
         may_commit: Callable[[], None] = _nothing,
         at_point: Callable[[str], None] = _nothing,
+        remote: RemoteCheckpoints | None = None,
     ) -> None:
         """Prepare; nothing is written.
 
@@ -124,12 +126,16 @@ class Checkpointer:
             keep_last: complete checkpoints that stay.
             may_commit: called by rank 0 before a rename; raises when another attempt owns the run.
             at_point: called on every rank at each of `SAVE_POINTS`.
+            remote: where complete checkpoints are sent behind the training, and fetched from when `folder` has none;
+                given on every rank, used by rank 0.
         """
         self.folder = folder
         self._world = world
         self._keep_last = keep_last
         self._may_commit = may_commit
         self._at_point = at_point
+        self._remote = remote
+        self._has_asked_remote = False
         self._was_found_sound: set[str] = set()
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
@@ -149,6 +155,7 @@ class Checkpointer:
 
         def work() -> None:
             self._write(name, tensors, header, facts, rng)
+            self._send(name)
             self._prune(best_step)
 
         self._do(work, in_background)
@@ -159,7 +166,12 @@ class Checkpointer:
         self.wait()
         tensors, header = weights_alone(*engine.snapshot())
         name = f"{BEST_PREFIX}{state.best_step:08d}"
-        self._do(lambda: self._write(name, tensors, header, {}, None), in_background)
+
+        def work() -> None:
+            self._write(name, tensors, header, {}, None)
+            self._send(name)
+
+        self._do(work, in_background)
         return self.folder / name
 
     def wait(self) -> None:
@@ -213,19 +225,60 @@ class Checkpointer:
         """Load the best weights (the optimizer's moments are dropped); False when they are not there."""
         self.wait()
         path = self.folder / f"{BEST_PREFIX}{state.best_step:08d}"
-        if not self._is_sound(path):
+        if not self._is_sound(path) and not self._fetch(
+            lambda remote: remote.fetch(path.name, self.folder), must=False
+        ):
             return False
         engine.load(path)
         return True
 
     def newest(self) -> Path | None:
-        """The newest checkpoint whose every file has its hash; damaged ones are named in the log."""
+        """The newest checkpoint whose every file has its hash; damaged ones are named in the log.
+
+        Where the folder has none, the store is asked, once.
+
+        Raises:
+            CheckpointError: there is no local checkpoint and the store cannot be read.
+        """
         self.wait()
         for path in broadcast_object(self._complete(STEP_PREFIX)):
             if self._is_sound(path):
                 return path
             log.warning("%s is damaged and passed over for an older checkpoint", path)
-        return None
+        if self._has_asked_remote:
+            return None
+        self._has_asked_remote = True
+        return self._fetch(lambda remote: remote.fetch_newest(self.folder), must=True)
+
+    def finish_uploads(self, seconds: float) -> UploadReport | None:
+        """Wait at most so long for what is being sent to the store, and say what became of it; None without a store."""
+        if self._remote is None:
+            return None
+        if self._world.is_first and not self._remote.wait(seconds):
+            log.warning("%s: an upload is not finished after %g s and is left behind", self._remote.uri, seconds)
+        return broadcast_object(self._remote.report)
+
+    def _send(self, name: str) -> None:
+        if self._remote is not None and self._world.is_first:
+            self._remote.send(self.folder / name)
+
+    def _fetch(self, fetch: Callable[[RemoteCheckpoints], Path | None], must: bool) -> Path | None:
+        """What rank 0 fetches, on every rank; with `must` a store that fails raises on all of them."""
+        if self._remote is None:
+            return None
+        path, error = None, None
+        if self._world.is_first:
+            try:
+                path = fetch(self._remote)
+            except CheckpointError as caught:
+                error = caught
+                log.warning("%s", caught)
+        path, error = broadcast_object((path, error))
+        if error is not None and must:
+            raise error
+        if path is not None:
+            self._was_found_sound.add(path.name)
+        return path
 
     def _complete(self, prefix: str) -> list[Path]:
         found = [path for path in self.folder.glob(f"{prefix}*") if (path / MANIFEST).is_file()]

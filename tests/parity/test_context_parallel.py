@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +54,17 @@ def one_pass(model: HsmnModel, lengths: tuple[int, ...]) -> tuple[Tensor, dict[s
         return model(inputs).logits, found
 
 
-def _divided_passes(world: World, changes: dict[str, Any]) -> list[tuple[Tensor, dict[str, Tensor], Any]]:
+CHANGES: list[dict[str, Any]] = [
+    {"d_compressed": WIDTH},
+    {"d_compressed": WIDTH, "encoder_group_chunks": 3, "norm_placement": "post"},
+]
+
+
+def _divided_passes(world: World) -> list[list[tuple[Tensor, dict[str, Tensor], Any]]]:
+    return [_passes(world, changes) for changes in CHANGES]
+
+
+def _passes(world: World, changes: dict[str, Any]) -> list[tuple[Tensor, dict[str, Tensor], Any]]:
     """Logits, gradients averaged over ranks as data parallelism does, and bytes of forward and backward of each batch."""
     model, results = model_of_rank(world, world.world_size, **changes), []
     for lengths in BATCHES:
@@ -64,21 +77,18 @@ def _divided_passes(world: World, changes: dict[str, Any]) -> list[tuple[Tensor,
     return results
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_divided_contexts_give_the_forward_and_gradients_of_one_rank(world_size: int) -> None:
-    for changes in (
-        {"d_compressed": WIDTH},
-        {"d_compressed": WIDTH, "encoder_group_chunks": 3, "norm_placement": "post"},
-    ):
-        plain = tiny_model(**changes).float()
-        for rank, results in enumerate(run_distributed(_divided_passes, world_size, changes)):
+    plain = [tiny_model(**changes).float() for changes in CHANGES]
+    for rank, by_model in enumerate(run_distributed(_divided_passes, world_size)):
+        for model, results in zip(plain, by_model, strict=True):
             for lengths, (logits, found, sent) in zip(BATCHES, results, strict=True):
-                wanted_logits, wanted = one_pass(plain, lengths)
+                wanted_logits, wanted = one_pass(model, lengths)
                 assert (logits - wanted_logits).abs().max() < 1e-5, (rank, lengths)
                 for name, gradient in wanted.items():
                     error = float((found[name] - gradient).abs().max())
                     assert error <= 1e-5 * max(1.0, float(gradient.abs().max())), (rank, lengths, name, error)
-                chunks = count_rows(plain, lengths)
+                chunks = count_rows(model, lengths)
                 # One forward with gradients, its backward, and one forward without.
                 assert sent.forward == 2 * chunks * WIDTH * 4, (lengths, sent)
                 assert sent.backward == chunks * WIDTH * 4
@@ -248,3 +258,17 @@ def test_a_whole_run_with_divided_contexts_has_the_losses_of_one_that_divides_ex
         for (step, loss), (other_step, other) in zip(points, found[1][stage], strict=True):
             assert step == other_step
             assert loss == pytest.approx(other, abs=1e-3), (stage, step)
+
+
+@pytest.mark.slow
+def test_a_million_tokens_run_forward_and_backward_on_two_ranks_within_12_gib() -> None:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "context_parallel.py"
+    done = subprocess.run([sys.executable, str(script), "--json"], capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    print(f"peak {found['peak_gib_of_all_ranks']:.2f} GiB, {found['seconds']:.0f} s, {found['chunks']} chunks")
+    assert found["tokens"] == 1_000_000
+    assert found["peak_gib_of_all_ranks"] < 12
+    assert {row["bytes_forward"] for row in found["rows"]} == {found["chunks"] * 128 * 4}
+    assert {row["bytes_backward"] for row in found["rows"]} == {found["chunks"] * 128 * 4}
+    assert len({row["loss"] for row in found["rows"]}) == 1
