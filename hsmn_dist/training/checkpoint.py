@@ -23,7 +23,7 @@ from torch import Tensor
 from hsmn_dist.distributed.collectives import Group, all_gather_objects, any_rank, background_group, broadcast_object
 from hsmn_dist.distributed.determinism import capture_rng, restore_rng
 from hsmn_dist.distributed.world import World
-from hsmn_dist.foundation.errors import CheckpointError
+from hsmn_dist.foundation.errors import CheckpointError, HsmnError
 from hsmn_dist.foundation.files import (
     fsync_folder,
     read_json,
@@ -270,7 +270,7 @@ class Checkpointer:
         if self._world.is_first:
             try:
                 path = fetch(self._remote)
-            except CheckpointError as caught:
+            except HsmnError as caught:
                 error = caught
                 log.warning("%s", caught)
         path, error = broadcast_object((path, error))
