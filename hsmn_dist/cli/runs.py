@@ -11,9 +11,8 @@ import typer
 
 from hsmn_dist.foundation.units import format_seconds
 from hsmn_dist.orchestration.curriculum import load_stored_config
-from hsmn_dist.orchestration.failures import POLICIES, read_failures
-from hsmn_dist.orchestration.heartbeat import read_beats
-from hsmn_dist.orchestration.journal import last_event, read_events, run_status
+from hsmn_dist.orchestration.journal import read_events, run_status
+from hsmn_dist.orchestration.post_mortem import explain
 from hsmn_dist.orchestration.run_folder import RunFolder, find_run, list_runs
 from hsmn_dist.orchestration.stage import training_stages
 
@@ -61,34 +60,6 @@ def show_command(
     typer.echo(f"{row['run_id']}: {row['status']}, {row['stages_complete']} of {row['stages']} stages complete")
     for line in row["explanation"]:
         typer.echo(f"  {line}")
-
-
-def explain(folder: RunFolder) -> list[str]:
-    """Plain sentences about the state of a run."""
-    events = read_events(folder.journal)
-    status = run_status(events)
-    if status == "complete":
-        return [f"scorecard: {folder.scorecard}"]
-    lines = [
-        f"rank {beat.rank} on {beat.host} was last seen in stage {beat.stage}, {beat.phase}, step {beat.step} of "
-        f"{beat.num_steps}, {format_seconds(time.time() - beat.time)} ago"
-        for beat in read_beats(folder.path / "heartbeats")
-    ]
-    failed = last_event(events, "run_failed")
-    if status == "failed" and failed:
-        lines += [f"it failed: {failed['found']}", f"what to do: {failed['action']}"]
-        attempt = str(failed.get("attempt", ""))
-        lines += [
-            f"failure record of rank {record.rank}: {record.kind.value} ({POLICIES[record.kind].advice})"
-            for record in read_failures(folder.path / "failures", attempt)
-        ]
-    restarts = sum(event["event"] == "run_resumed" for event in events)
-    if restarts:
-        lines.append(f"it was resumed {restarts} times")
-    if status == "running":
-        lines.append("it is running, or its process died without a word")
-    lines.append(f"resume: hsmn-dist run --resume {folder.run_id}")
-    return lines
 
 
 def _summary(folder: RunFolder) -> dict[str, Any]:

@@ -99,8 +99,10 @@ def test_runs_show_explains_a_failed_run(capsys: pytest.CaptureFixture[str], tmp
     text = capsys.readouterr().out
     for words in (
         "failed, 0 of 3",
-        "it failed: rank 1 on host",
-        "what to do: buy some",
+        "what failed: an error",
+        "rank 1 on host: no memory",
+        "what to do: ",
+        "buy some",
         f"--resume {run.folder.run_id}",
     ):
         assert words in text
