@@ -42,6 +42,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 STEP_PREFIX = "step_"
 BEST_PREFIX = "best_"
+REPLACED = ".tmp-old"
 ABANDON_SECONDS = 60.0
 
 SAVE_POINTS = (
@@ -241,6 +242,8 @@ class Checkpointer:
             CheckpointError: there is no local checkpoint and the store cannot be read.
         """
         self.wait()
+        if self._world.is_first:
+            self._put_back()
         for path in broadcast_object(self._complete(STEP_PREFIX)):
             if self._is_sound(path):
                 return path
@@ -329,8 +332,16 @@ class Checkpointer:
         self._together(lambda: self._commit(aside, self.folder / name, entries, state), first_rank_alone=True)
         self._was_found_sound.add(name)
 
+    def _put_back(self) -> None:
+        """A writer that died between putting a checkpoint away and giving its name to another one left it under `REPLACED`."""
+        for away in self.folder.glob(f".*{REPLACED}"):
+            final = self.folder / away.name[1 : -len(REPLACED)]
+            if not final.exists():
+                away.rename(final)
+
     def _make_folder(self, aside: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._put_back()
         remove_leftovers(self.folder)
         aside.mkdir()
 
@@ -344,7 +355,7 @@ class Checkpointer:
         self._at_point("manifest_written")
         if final.exists():
             # The same step was saved before (and found damaged, or left behind by going back).
-            final.rename(self.folder / f".{final.name}.tmp-old")
+            final.rename(self.folder / f".{final.name}{REPLACED}")
             self._at_point("replaced_old")
         aside.rename(final)
         fsync_folder(self.folder)
@@ -355,14 +366,20 @@ class Checkpointer:
         if self._world.is_first:
             complete = self._complete(STEP_PREFIX)
             for path in complete[self._keep_last :]:
-                shutil.rmtree(path)
+                self._remove(path)
             wanted = {best_step}
             for path in complete[: self._keep_last]:
                 wanted.add(int(read_json(path / STATE)["best_step"]))
             for path in self._complete(BEST_PREFIX):
                 if _step_of(path) not in wanted:
-                    shutil.rmtree(path)
+                    self._remove(path)
         self._at_point("pruned")
+
+    def _remove(self, path: Path) -> None:
+        """Under another name first: what has a checkpoint's name is never half removed."""
+        aside = path.with_name(f".{path.name}.tmp-pruned")
+        path.rename(aside)
+        shutil.rmtree(aside)
 
     def _together(self, work: Callable[[], None], first_rank_alone: bool = False) -> None:
         """Do `work`, and raise on all ranks when it failed on one; also a barrier."""

@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -68,11 +70,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_last_complete_checkpoint(tmp_p
                 reached.add(point)
             other = make_engine(tmp_path)
             state = Checkpointer(folder, World()).restore(other)
-            if point == "replaced_old" and step == 1:
-                assert state is None, "the only checkpoint was being replaced by one of the same step"
-                Checkpointer(folder, World()).save(engine, TrainState(step=1))
-                continue
-            assert state is not None
+            assert state is not None, "also while the only checkpoint was being replaced by one of the same step"
             is_new = point in ("renamed", "pruned") or ended_by == 0
             assert state.step == (step if is_new else 1)
             wanted = after if is_new else before
@@ -81,6 +79,88 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_last_complete_checkpoint(tmp_p
             Checkpointer(folder, World()).save(engine, TrainState(step=step))
             assert not list(folder.glob(".*"))
     assert reached == set(SAVE_POINTS)
+
+
+class KilledAt:
+    """An audit hook (PEP 578) that sees every opening, making, renaming and removing of a file, and kills at the n-th."""
+
+    EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir", "os.listdir")
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.folder, self.number, self.seen = str(folder), number, 0
+
+    def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
+        # Inside a removal, names are relative to a descriptor: those count too, once a name of the folder was seen.
+        if event in self.EVENTS and (self.seen or any(self.folder in str(part) for part in arguments)):
+            if self.seen == self.number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.seen += 1
+
+
+def save_and_count(folder: Path, engine: Engine, state: TrainState, number: int, in_background: bool) -> int | None:
+    """Save in a child that dies at its `number`-th dealing with a file; None when it died, else how many there were."""
+    reader, writer = os.pipe()
+
+    def work() -> None:
+        hook = KilledAt(folder, number)
+        sys.addaudithook(hook)
+        keeper = Checkpointer(folder, World(), keep_last=1)
+        if state.best_step == state.step:
+            keeper.save_best(engine, state, in_background)
+        keeper.save(engine, state, in_background)
+        keeper.wait()
+        os.write(writer, str(hook.seen).encode())
+
+    ended_by = in_a_process_that_dies(work)
+    os.close(writer)
+    text = os.read(reader, 99)
+    os.close(reader)
+    assert ended_by in (0, signal.SIGKILL)
+    return int(text) if text else None
+
+
+@pytest.mark.parametrize(
+    ("step", "in_background"),
+    [
+        pytest.param(1, True, id="the same step again, in the background"),
+        pytest.param(2, False, id="the next step"),
+        pytest.param(1, False, id="the same step again", marks=pytest.mark.slow),
+        pytest.param(2, True, id="the next step, in the background", marks=pytest.mark.slow),
+    ],
+)
+def test_a_kill_at_any_touch_of_a_file_leaves_the_last_complete_checkpoint(
+    tmp_path: Path, step: int, in_background: bool
+) -> None:
+    engine, other = make_engine(tmp_path), make_engine(tmp_path)
+    train_a_step(engine, 1)
+    first, kept = tmp_path / "first", engine.state_dict()
+    Checkpointer(first, World()).save_best(engine, TrainState(step=1, best_step=1))
+    Checkpointer(first, World()).save(engine, TrainState(step=1, best_step=1))
+    train_a_step(engine, 2)
+    new = engine.state_dict()
+    state = TrainState(step=step, best_step=step)
+    outcomes = []
+    for number in range(1000):
+        folder = tmp_path / f"at_{number}"
+        shutil.copytree(first, folder)
+        count = save_and_count(folder, engine, state, number, in_background)
+        keeper = Checkpointer(folder, World())
+        found = keeper.restore(other)
+        assert found is not None, f"nothing to load after a kill at file event {number}"
+        weights = other.state_dict()
+        is_new = all(torch.equal(weights[name], new[name]) for name in new)
+        assert is_new or all(torch.equal(weights[name], kept[name]) for name in kept)
+        assert found.step == (step if is_new else 1)
+        assert keeper.restore_best(other, found), "the best weights that the checkpoint speaks of are there"
+        outcomes.append(is_new)
+        keeper.save(engine, state)  # what the dead writer left never blocks the next save
+        assert not list(folder.glob(".*"))
+        shutil.rmtree(folder)
+        if count is not None:
+            break
+    assert count == len(outcomes) - 1 > 20
+    assert outcomes == sorted(outcomes) and outcomes[-1], "once the new one is there it stays"
+    assert not outcomes[0]
 
 
 def test_the_newest_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
