@@ -39,7 +39,11 @@ def score_code(model: TextModel, examples: Sequence[Example], settings: Evaluati
     temperature; with greedy decoding they would be the same program.
     """
     if not settings.runs_model_code:
-        return KindScores("pass@1", [], reason="model-written code is not run (evaluation.runs_model_code is false)")
+        return KindScores(
+            "pass@1",
+            [],
+            reason="model-written code is not run (evaluation.runs_model_code is false; `hsmn-dist evaluate --run-model-code` runs it in the sandbox)",
+        )
     if any(example.meta.get("language", "python") != "python" for example in examples):
         return KindScores("pass@1", [], reason="the sandbox runs Python alone, and a problem asks for another language")
     limits = SandboxLimits(timeout_seconds=settings.sandbox_timeout_seconds, memory_bytes=settings.sandbox_memory_bytes)

@@ -181,7 +181,7 @@ def _stage_table(card: Scorecard) -> str:
 
 def _references(card: Scorecard) -> str:
     if not card.references:
-        return ""
+        return f'<h2>Other models</h2><p class="note">{words.NO_REFERENCES}</p>'
     rows = []
     for benchmark, model, score, conditions, source in words.comparison_rows(card):
         name = f"<b>{escape(model)}</b>" if model == "this run" else escape(model)

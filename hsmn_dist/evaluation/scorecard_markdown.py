@@ -23,8 +23,7 @@ def scorecard_markdown(card: Scorecard) -> str:
         "Differences: higher is better; forgetting: lower is better. Brackets are 95 percent intervals over examples."
     ]
     parts += ["## Training", _stage_table(card)]
-    if card.references:
-        parts += ["## Other models", _reference_table(card)]
+    parts += ["## Other models", _reference_table(card) if card.references else words.NO_REFERENCES]
     rows = [(task, words.contamination_text(entry)) for task, entry in card.contamination.items()]
     parts += ["## Test examples found in training data", _table(("task", "found"), rows)]
     parts += ["## Cost", _table(("", ""), words.cost_rows(card))]

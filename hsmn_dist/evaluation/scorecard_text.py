@@ -118,6 +118,11 @@ def run_rows(card: Scorecard) -> list[tuple[str, str]]:
     return rows
 
 
+NO_REFERENCES = (
+    "No score in evaluation/reference_scores.yaml is of one of this run's tasks: nobody else reports the built-in ones."
+)
+
+
 def comparison_rows(card: Scorecard) -> list[tuple[str, str, str, str, str]]:
     """(benchmark, model, score in percent, conditions, status and source): ours first, then what others reported."""
     rows = []

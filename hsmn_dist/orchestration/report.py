@@ -65,14 +65,14 @@ def finished_results(config: RunConfig, folder: RunFolder) -> list[dict[str, Any
     return results
 
 
-def scorecard_of(folder: RunFolder) -> Scorecard:
-    """The scorecard of what is finished of a run.
+def scorecard_of(folder: RunFolder, num_stages: int | None = None) -> Scorecard:
+    """The scorecard of what is finished of a run, or of its first `num_stages` stages.
 
     Raises:
         CheckpointError: no stage is complete.
     """
     config = load_stored_config(folder)
-    results = finished_results(config, folder)
+    results = finished_results(config, folder)[:num_stages]
     if not results:
         raise CheckpointError(
             f"run {folder.run_id} has no complete stage",
@@ -115,7 +115,21 @@ def write_report(folder: RunFolder, tracker: Tracker) -> None:
     for name, place in read_json(folder.prepared)["folders"].items():
         index = load_index(Path(place))
         tracker.log_dataset(name, index.config_digest, str(index.notes.get("origin", {}).get("source", name)))
-    last = len(card.stages) - 1
+    for stage, values in enumerate(stage_values(folder)):
+        tracker.log_metrics(values, stage)
+    log_final_model(config, folder, run_tags(config, folder))
+
+
+def stage_values(folder: RunFolder) -> list[dict[str, float]]:
+    """After each finished stage: the score and loss of every task, and the transfer numbers up to there."""
+    return [_values(scorecard_of(folder, num_stages)) for num_stages in range(1, _num_finished(folder) + 1)]
+
+
+def _num_finished(folder: RunFolder) -> int:
+    return len(finished_results(load_stored_config(folder), folder))
+
+
+def _values(card: Scorecard) -> dict[str, float]:
     values = {
         name: float(card.transfer_scores[key])
         for key, name in TRANSFER_NAMES.items()
@@ -127,8 +141,7 @@ def write_report(folder: RunFolder, tracker: Tracker) -> None:
             values[metric_names.task_score(task, final["metric"])] = final["score"]
         if final is not None and final["nll_per_token"] is not None:
             values[metric_names.task_loss(task)] = final["nll_per_token"]
-    tracker.log_metrics(values, last)
-    log_final_model(config, folder, run_tags(config, folder))
+    return values
 
 
 def _run_facts(config: RunConfig, folder: RunFolder, results: list[dict[str, Any]]) -> dict[str, Any]:

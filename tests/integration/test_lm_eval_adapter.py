@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -20,13 +21,14 @@ from tests.support.text_models import OracleTextModel, UniformTextModel
 NUM_ROWS = 24
 
 CHOICE_TASK = """
-task: local_choices
+task: {name}
 dataset_path: json
 dataset_kwargs:
   data_files:
     test: {data}
+    train: {train}
 test_split: test
-output_type: multiple_choice
+{shots}output_type: multiple_choice
 doc_to_text: "{{{{context}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{gold}}}}"
@@ -36,6 +38,11 @@ metric_list:
   - metric: acc_norm
 metadata:
   version: 1.0
+"""
+
+SHOTS = """fewshot_split: train
+fewshot_config:
+  sampler: first_n
 """
 
 ANSWER_TASK = """
@@ -111,7 +118,11 @@ def tasks(tmp_path_factory, examples):
     records = [{"context": e.context, "target": e.target, "text": e.context + e.target, **e.meta} for e in examples]
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    for name, text in (("choices", CHOICE_TASK), ("answers", ANSWER_TASK), ("text", TEXT_TASK)):
+    train = folder / "train.jsonl"
+    train.write_text(json.dumps(records[0]) + "\n" + json.dumps(records[1]) + "\n")
+    for name, shots in (("local_choices", ""), ("local_choices_shown", SHOTS)):
+        (folder / f"{name}.yaml").write_text(CHOICE_TASK.format(name=name, data=data, train=train, shots=shots))
+    for name, text in (("answers", ANSWER_TASK), ("text", TEXT_TASK)):
         (folder / f"{name}.yaml").write_text(text.format(data=data))
     return folder
 
@@ -127,6 +138,21 @@ def test_the_harness_and_our_runner_give_the_same_accuracy(family, tasks, exampl
     whole = model.loglikelihood([("", example.context + example.target) for example in examples[:3]])
     assert math.isfinite(theirs["local_text"]["bits_per_byte,none"])
     assert all(result.num_tokens > 0 for result in whole)
+
+
+def test_with_two_shots_the_harness_and_our_runner_give_the_same_accuracy(tasks, examples):
+    model = byte_text_model("hope")
+    settings = EvaluationConfig(num_examples=NUM_ROWS, num_loss_examples=NUM_ROWS, num_shots=2)
+    shots = [replace(example, id=f"train:{example.id}") for example in examples[:2]]
+    ours = evaluate_task(model, "t", examples, settings, shots=shots)
+    results = run_harness(model, ["local_choices_shown"], include_path=tasks, num_shots=2)["results"]
+    theirs = results["local_choices_shown"]
+    assert theirs["acc_norm,none"] == pytest.approx(ours.score)
+    assert theirs["acc,none"] == pytest.approx(ours.extra["accuracy"])
+    without = evaluate_task(model, "t", examples, settings.model_copy(update={"num_shots": 0}))
+    assert ours.nll_per_token != without.nll_per_token, "the shots were read"
+    assert ours.conditions["shots"] == 2 and ours.conditions["shot_ids"] == ["train:0", "train:1"]
+    assert without.conditions["shots"] == 0
 
 
 def test_generation_stops_where_the_task_says_and_is_scored(tasks, examples):

@@ -199,3 +199,23 @@ def test_the_same_inputs_give_the_same_result():
     questions = [example("free_text", i, target=f"text {i}") for i in range(6)]
     oracle = OracleTextModel(questions)
     assert evaluate_task(oracle, "t", questions, SETTINGS) == evaluate_task(oracle, "t", questions, SETTINGS)
+
+
+def test_shots_stand_solved_before_every_question():
+    shots = [example("open_question", index, id=f"s{index}", meta={"answers": ["x"]}) for index in (7, 8, 9)]
+    question = example("open_question", 1, meta={"answers": ["yes"]})
+    prompt = "context 7target\n\ncontext 8target\n\ncontext 1"
+    settings = SETTINGS.model_copy(update={"num_shots": 2})
+    result = evaluate_task(TableModel(texts={prompt: "yes"}), "t", [question], settings, shots=shots)
+    assert result.score == 1.0
+    assert (result.conditions["shots"], result.conditions["shot_ids"]) == (2, ["s7", "s8"])
+
+
+@pytest.mark.parametrize(
+    ("shot_ids", "message"), [(["a"], "1 shots where evaluation.num_shots asks for 2"), (["a", "q"], "'q' is a shot")]
+)
+def test_too_few_shots_and_shots_that_are_scored_are_refused(shot_ids, message):
+    shots = [example("free_text", id=name) for name in shot_ids]
+    settings = SETTINGS.model_copy(update={"num_shots": 2})
+    with pytest.raises(DataError, match=message):
+        evaluate_task(TableModel(), "t", [example("free_text", id="q")], settings, shots=shots)
