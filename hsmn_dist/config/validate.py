@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from hsmn_dist.config.run import RunConfig
 from hsmn_dist.config.training import STORE_RULE, store_uri_problem
 from hsmn_dist.config.yaml_source import KeyPath
 from hsmn_dist.foundation.errors import ConfigError
+from hsmn_dist.foundation.redact import is_secret_name, redact_patterns
 
 Where = Callable[[KeyPath], str]
 BYTE_VOCAB_SIZE = 260
@@ -20,11 +22,13 @@ def check_run(config: RunConfig, where: Where) -> None:
         ConfigError: names the key path, its file and line, what is allowed, and what to change.
     """
     for check in (
+        _check_secrets,
         _check_context_parallel,
         _check_batch,
         _check_checkpoint_uri,
         _check_precision,
         _check_offload,
+        _check_optimizer,
         _check_model,
         _check_vocabulary,
         _check_data,
@@ -35,6 +39,29 @@ def check_run(config: RunConfig, where: Where) -> None:
 
 def _refuse(where: Where, path: str, problem: str, allowed: str, action: str) -> None:
     raise ConfigError(f"{where(tuple(path.split('.')))}: {path}: {problem}", allowed=allowed, action=action)
+
+
+def _check_secrets(config: RunConfig, where: Where) -> None:
+    """A configuration is copied into the run folder, to trackers and to cluster nodes: no secret may stand in it."""
+    for path, text in _texts(config.model_dump(mode="json"), ()):
+        if text and (is_secret_name(path[-1]) or redact_patterns(text) != text):
+            _refuse(
+                where,
+                ".".join(path),
+                "holds a secret (its name says so, or it is a URL with a password)",
+                "addresses without passwords; secrets only by the environment or by a file",
+                "remove it: MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, PostgreSQL PGPASSFILE, Ray "
+                "RAY_AUTH_TOKEN_PATH",
+            )
+
+
+def _texts(value: Any, path: KeyPath) -> list[tuple[KeyPath, str]]:
+    """Every text of plain data with its key path."""
+    if isinstance(value, dict):
+        return [pair for key, inner in value.items() for pair in _texts(inner, (*path, str(key)))]
+    if isinstance(value, list):
+        return [pair for index, inner in enumerate(value) for pair in _texts(inner, (*path, str(index)))]
+    return [(path, value)] if isinstance(value, str) else []
 
 
 def _check_batch(config: RunConfig, where: Where) -> None:
@@ -124,6 +151,29 @@ def _check_offload(config: RunConfig, where: Where) -> None:
             "empty although something is offloaded to nvme",
             "a folder on a local disk",
             "name one",
+        )
+
+
+def _check_optimizer(config: RunConfig, where: Where) -> None:
+    kind, training, model = config.optim.optimizer.kind, config.training, config.model
+    if kind == "adam":
+        return
+    if training.engine == "deepspeed" and training.offload.optimizer != "none":
+        _refuse(
+            where,
+            "training.offload.optimizer",
+            f"{training.offload.optimizer!r} with optim.optimizer.kind {kind!r}, whose whole matrices cannot be offloaded",
+            "matrix rules without optimizer offload, or kind adam",
+            "set training.offload.optimizer to none",
+        )
+    cms = getattr(model, "cms", None) if getattr(model, "uses_cms", True) else None
+    if cms is not None and cms.form == "chain" and cms.cadence == "optimizer" and any(e.period > 1 for e in cms.levels):
+        _refuse(
+            where,
+            "optim.optimizer.kind",
+            f"{kind!r} with model.cms.cadence 'optimizer': levels with update periods",
+            "periods with kind adam",
+            "set optim.optimizer.kind to adam, or model.cms.cadence to tokens",
         )
 
 

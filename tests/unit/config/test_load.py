@@ -146,6 +146,22 @@ def test_contradictions_are_refused_with_advice(
     assert advice in error.action
 
 
+CHAIN = ["model.cms.form=chain", "model.cms.cadence=optimizer"]
+
+
+@pytest.mark.parametrize("family", ["hope", "hsmn_hope"])
+@pytest.mark.parametrize("kind", ["muon", "m3", "deep_momentum"])
+def test_pairs_of_optimizer_and_memory_that_no_engine_has_are_refused(tmp_path: Path, family: str, kind: str) -> None:
+    path = write(tmp_path, MINIMAL.replace("family: hsmn", f"family: {family}"))
+    rule = f"optim.optimizer.kind={kind}"
+    error = refusal(path, rule, *CHAIN)
+    assert "optim.optimizer.kind" in error.found and "cadence to tokens" in error.action
+    error = refusal(path, rule, "training.offload.optimizer=cpu")
+    assert "training.offload.optimizer" in error.found and "none" in error.action
+    for fine in ([rule, CHAIN[0]], [*CHAIN], ["training.offload.optimizer=cpu"], [rule]):
+        load_run_config(path, fine)
+
+
 def test_two_stages_of_one_name_are_refused(tmp_path: Path) -> None:
     text = MINIMAL + "    - name: one\n      datasets: [{name: passkey}]\n"
     error = refusal(write(tmp_path, text))
