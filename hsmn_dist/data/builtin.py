@@ -1,8 +1,8 @@
-"""Datasets that need no network: word_problems, stdlib_code, passkey, list_sorting, and `text` for a reader's own documents.
+"""Datasets that need no network: word_problems, stdlib_code, passkey, pair_recall, list_sorting, and `text` for own documents.
 
 The first two have the columns of gsm8k and code_search_net and go through those preprocessors. `passkey` hides a fact in
-filler and asks for it (Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.3); `text` cuts documents into a context and
-its continuation. What is unusual: row i is decided by (name or label, i) alone, so more examples never change the earlier
+filler and asks for it (Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.3); `pair_recall` shows pairs and asks for one
+(Arora et al. 2023, arXiv 2312.04927); `text` cuts documents into a context and its continuation. What is unusual: row i is decided by (name or label, i) alone, so more examples never change the earlier
 ones, and the Python version enters only `stdlib_code`.
 """
 
@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 from hsmn_dist.config.data import DatasetConfig
@@ -30,6 +31,7 @@ DEFAULT_EXAMPLES = 2000
 TEXT_NAME = "text"
 CONTEXT_WORDS, TARGET_WORDS = 96, 32
 MAX_CODE_LINES = 16
+RECALL_PAIRS, RECALL_DISTANCE = 8, 3
 MAX_FUNCTIONS_PER_FILE = 16  # a file is a group, and large groups make uneven splits
 MAX_DOCUMENTATION_CHARACTERS = 240
 
@@ -135,6 +137,21 @@ def passkey(dataset: DatasetConfig) -> Iterator[Row]:
         yield Row(f"passkey row {number}", value)
 
 
+def pair_recall(dataset: DatasetConfig) -> Iterator[Row]:
+    """Rows {context, question, answer}: eight letters with a digit each, drawn anew, and one of the first five letters.
+
+    Which digit belongs to a letter is in the context alone, and at least 10 characters before the question: what answers it
+    is attention or a memory, never weights or a short convolution.
+    """
+    for number in range(dataset.num_examples or DEFAULT_EXAMPLES):
+        draw = _random(dataset.key, number)
+        letters = draw.sample(ascii_lowercase, RECALL_PAIRS)
+        digits = [str(draw.randint(0, 9)) for _ in letters]
+        asked = draw.randrange(RECALL_PAIRS - RECALL_DISTANCE)
+        pairs = " ".join(letter + digit for letter, digit in zip(letters, digits, strict=True))
+        yield Row(f"pair_recall row {number}", {"context": pairs, "question": letters[asked], "answer": digits[asked]})
+
+
 def list_sorting(dataset: DatasetConfig) -> Iterator[Row]:
     """Rows {context, question, answer}: four to six different one-digit numbers, to be put in order."""
     for number in range(dataset.num_examples or DEFAULT_EXAMPLES):
@@ -222,6 +239,21 @@ def passkey_examples(rows: Iterable[Row], skipped: SkipCounter) -> Iterator[Exam
         )
 
 
+def pair_recall_examples(rows: Iterable[Row], skipped: SkipCounter) -> Iterator[Example]:
+    """context, question, answer -> the pairs, the letter in question last of all, its digit as target."""
+    for row in rows:
+        answer = text(row, "answer")
+        yield Example(
+            context=f"{text(row, 'context')}\n{text(row, 'question')}",
+            target=answer,
+            task="chat",
+            id=row_id(row),
+            group=row_id(row),
+            kind="exact_answer",
+            meta={"answer": answer},
+        )
+
+
 def text_examples(rows: Iterable[Row], skipped: SkipCounter) -> Iterator[Example]:
     """Text (one document a row): consecutive pieces of 96 words of context and the 32 words that follow.
 
@@ -265,6 +297,7 @@ GENERATORS: dict[str, Callable[[DatasetConfig], Iterator[Row]]] = {
     "word_problems": word_problems,
     "stdlib_code": stdlib_code,
     "passkey": passkey,
+    "pair_recall": pair_recall,
     "list_sorting": list_sorting,
 }
 
@@ -287,6 +320,7 @@ def preprocessor_of(name: str) -> Preprocessor:
     """
     own: dict[str, Preprocessor] = {
         "passkey": passkey_examples,
+        "pair_recall": pair_recall_examples,
         "list_sorting": passkey_examples,
         TEXT_NAME: text_examples,
     }

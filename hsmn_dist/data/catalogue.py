@@ -20,6 +20,7 @@ _BUILTIN_NOTES = {
     "word_problems": "seeded arithmetic word problems, worked out; columns of gsm8k",
     "stdlib_code": "documented functions of the installed Python standard library; columns of code_search_net",
     "passkey": "a five-digit key hidden in filler text, then asked for",
+    "pair_recall": "eight letters with a digit each; the digit of one of them",
     "list_sorting": "one-digit numbers to be put in order; columns of passkey",
     TEXT_NAME: "your own documents: a folder of .txt, .md or .rst files, or rows with a column `text`",
 }

@@ -73,6 +73,16 @@ def test_keys_have_the_digits_asked_for_and_a_label_draws_other_rows() -> None:
     assert not set(contexts(label="short")) & set(contexts())
 
 
+def test_the_answer_of_a_pair_stands_behind_its_letter_and_far_from_the_question() -> None:
+    answers = set()
+    for example in examples("pair_recall", 200):
+        letter = example.context[-1]
+        place = example.context.index(letter)
+        assert example.context[place + 1] == example.target and len(example.context) - 1 - (place + 1) >= 10
+        answers.add(example.target)
+    assert len(answers) == 10
+
+
 def test_library_code_parses_and_does_not_hold_its_documentation() -> None:
     for example in examples("stdlib_code", 200):
         ast.parse(example.target)
@@ -105,4 +115,4 @@ def test_an_unknown_dataset_suggests_the_nearest() -> None:
         preprocessor_of("word_problem")
     assert "word_problems" in caught.value.action
     assert {"gsm8k", "word_problems", "list_sorting", "text"} <= set(dataset_names())
-    assert len(dataset_names()) == 38
+    assert len(dataset_names()) == 39
