@@ -10,7 +10,7 @@ in sign when the importance is taken); the hash is the finaliser of SplitMix64 (
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hsmn_dist.config.continual import Estimator
 from hsmn_dist.models.contract import TargetLoss, cross_entropy
@@ -31,7 +31,7 @@ def target_loss(estimator: Estimator, seed: int, example_index: Tensor) -> Targe
 
 def reversed_cross_entropy(logits: Tensor, labels: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """-log softmax(-z)[label], shapes as in `TargetLoss`: a confident token keeps a large gradient."""
-    return nn.functional.cross_entropy(-logits.float(), labels, reduction="none")
+    return cross_entropy(-logits, labels, rows, positions)
 
 
 class _SampledLoss:

@@ -50,14 +50,15 @@ def add_squares(uses: Sequence[Use], num_slots: int, total: Tensor) -> None:
     dense = [use for use in uses if isinstance(use.contribution, Dense)]
     outer = [use for use in uses if isinstance(use.contribution, Outer)]
     scatter = [use for use in uses if isinstance(use.contribution, Scatter)]
-    if dense and (outer or scatter):
-        raise NotImplementedError("a parameter used both as a whole and through a Linear or an Embedding")
-    if dense:
+    if dense and not (outer or scatter):
         total.add_(_slot_sums(dense, num_slots, total).square_().sum(0).view(total.shape))
-    elif outer:
-        _add_outer_squares(outer, scatter, num_slots, total)
-    elif scatter:
+    elif scatter and not (outer or dense):
         _add_scatter_squares(scatter, total)
+    elif len(outer) == 1 and not (scatter or dense) and outer[0].owners is None:
+        _add_one_linear_squares(outer[0].contribution, num_slots, total)  # type: ignore[arg-type]
+    elif outer or scatter:
+        wholes = _slot_sums(dense, num_slots, total).view(num_slots, *total.shape) if dense else None
+        _looped_blocks(_pieces_by_slot(outer, scatter, num_slots, total, wholes), total)
 
 
 def slot_sums(use: Use, num_slots: int) -> Tensor:
@@ -109,25 +110,30 @@ def _add_scatter_squares(uses: Sequence[Use], total: Tensor) -> None:
     total.index_add_(0, pairs % size, sums.square_())
 
 
-def _add_outer_squares(outer: Sequence[Use], scatter: Sequence[Use], num_slots: int, total: Tensor) -> None:
-    """Weights [out, in]: block of out rows by block, example by example. `scatter` holds the uses of a tied table."""
-    if len(outer) == 1 and not scatter and outer[0].owners is None:
-        part = outer[0].contribution
-        assert isinstance(part, Outer)
-        left = part.left.reshape(num_slots, -1, part.left.shape[-1]).to(total.dtype)
-        right = part.right.reshape(num_slots, -1, part.right.shape[-1]).to(total.dtype)
-        if left.shape[1] == 1:  # one row an example: the square of a product is the product of squares
-            total.addmm_(right[:, 0].square().t(), left[:, 0].square())
-            return
-        if total.is_cuda:
-            _batched_blocks(left, right, total)
-            return
-        pairs = [(left[slot], right[slot]) for slot in range(num_slots)]
-        _looped_blocks(pairs, [None] * num_slots, total)
-        return
-    pairs = _pairs_by_slot(outer, num_slots, total.dtype)
-    tables = _tables_by_slot(scatter, num_slots, total.dtype) if scatter else [None] * num_slots
-    _looped_blocks(pairs, tables, total)
+@dataclass
+class _Piece:
+    """What one slot's gradient of a weight [out, in] is the sum of: right^T left, lookups (ids sorted), and a whole."""
+
+    left: Tensor
+    right: Tensor
+    table: tuple[Tensor, Tensor] | None = None
+    whole: Tensor | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return self.left.shape[0] == 0 and self.table is None and self.whole is None
+
+
+def _add_one_linear_squares(part: Outer, num_slots: int, total: Tensor) -> None:
+    """A weight [out, in] used once, row b belonging to slot b."""
+    left = part.left.reshape(num_slots, -1, part.left.shape[-1]).to(total.dtype)
+    right = part.right.reshape(num_slots, -1, part.right.shape[-1]).to(total.dtype)
+    if left.shape[1] == 1:  # one row an example: the square of a product is the product of squares
+        total.addmm_(right[:, 0].square().t(), left[:, 0].square())
+    elif total.is_cuda:
+        _batched_blocks(left, right, total)
+    else:
+        _looped_blocks([_Piece(left[slot], right[slot]) for slot in range(num_slots)], total)
 
 
 def _batched_blocks(left: Tensor, right: Tensor, total: Tensor) -> None:
@@ -138,44 +144,50 @@ def _batched_blocks(left: Tensor, right: Tensor, total: Tensor) -> None:
         total[start : start + step].add_(gradients.square_().sum(0))
 
 
-def _looped_blocks(
-    pairs: Sequence[tuple[Tensor, Tensor]], tables: Sequence[tuple[Tensor, Tensor] | None], total: Tensor
-) -> None:
-    """Small products whose result stays in the cache until it is squared and added."""
+def _looped_blocks(pieces: Sequence[_Piece], total: Tensor) -> None:
+    """Small products whose result stays in the cache until it is squared and added: block of out rows by block."""
     entries = _GPU_BLOCK_ENTRIES if total.is_cuda else _CPU_BLOCK_ENTRIES
     step = max(1, entries // total.shape[1])
     workspace = total.new_empty((min(step, total.shape[0]), total.shape[1]))
+    pieces = [piece for piece in pieces if not piece.is_empty]
     for start in range(0, total.shape[0], step):
         block = total[start : start + step]
         gradient = workspace[: block.shape[0]]
-        for (left, right), table in zip(pairs, tables, strict=True):
-            if left.shape[0] == 0 and table is None:
-                continue
-            torch.mm(right[:, start : start + step].t(), left, out=gradient)
-            if table is not None:
-                ids, values = table
+        for piece in pieces:
+            torch.mm(piece.right[:, start : start + step].t(), piece.left, out=gradient)
+            if piece.table is not None:
+                ids, values = piece.table
                 low, high = torch.searchsorted(ids, torch.tensor([start, start + step], device=ids.device)).tolist()
                 gradient.index_add_(0, ids[low:high] - start, values[low:high])
+            if piece.whole is not None:
+                gradient.add_(piece.whole[start : start + step])
             block.addcmul_(gradient, gradient)
 
 
-def _pairs_by_slot(uses: Sequence[Use], num_slots: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """(left [n, in], right [n, out]) of each slot, all uses one below the other."""
-    lefts: list[list[Tensor]] = [[] for _ in range(num_slots)]
-    rights: list[list[Tensor]] = [[] for _ in range(num_slots)]
-    for use in uses:
+def _pieces_by_slot(
+    outer: Sequence[Use], scatter: Sequence[Use], num_slots: int, total: Tensor, wholes: Tensor | None
+) -> list[_Piece]:
+    """All uses of each slot: rows of Linears one below the other, lookups of a tied table, sums of whole uses."""
+    lefts: list[list[Tensor]] = [[total.new_empty(0, total.shape[1])] for _ in range(num_slots)]
+    rights: list[list[Tensor]] = [[total.new_empty(0, total.shape[0])] for _ in range(num_slots)]
+    for use in outer:
         part = use.contribution
         assert isinstance(part, Outer)
         for slot, (left, right) in enumerate(
             zip(_split(part.left, use, num_slots), _split(part.right, use, num_slots), strict=True)
         ):
-            lefts[slot].append(left.reshape(-1, left.shape[-1]).to(dtype))
-            rights[slot].append(right.reshape(-1, right.shape[-1]).to(dtype))
-    return [(_joined(a), _joined(b)) for a, b in zip(lefts, rights, strict=True)]
+            lefts[slot].append(left.reshape(-1, left.shape[-1]).to(total.dtype))
+            rights[slot].append(right.reshape(-1, right.shape[-1]).to(total.dtype))
+    tables = _tables_by_slot(scatter, num_slots, total.dtype) if scatter else [None] * num_slots
+    return [
+        _Piece(_joined(lefts[slot]), _joined(rights[slot]), tables[slot], None if wholes is None else wholes[slot])
+        for slot in range(num_slots)
+    ]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    kept = [part for part in parts if part.shape[0]] or parts[:1]
+    return kept[0] if len(kept) == 1 else torch.cat(kept)
 
 
 def _split(values: Tensor, use: Use, num_slots: int) -> Sequence[Tensor]:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -55,7 +56,8 @@ def current_rows() -> Tensor | None:
 
 def per_example(parameter: Tensor, num_examples: int) -> Tensor:
     """A parameter [*shape] as one copy per example, [num_examples, *shape] (a view, no memory)."""
-    listener = _LISTENER.get()
+    # torch.compile cannot trace a context variable, and nobody listens there.
+    listener = None if torch.compiler.is_compiling() else _LISTENER.get()
     if listener is not None:
         return listener.expand(parameter, num_examples)
     return parameter.expand(num_examples, *parameter.shape)
@@ -63,7 +65,7 @@ def per_example(parameter: Tensor, num_examples: int) -> Tensor:
 
 def tied_linear(x: Tensor, weight: Tensor) -> Tensor:
     """X W^T for a weight [out, in] that belongs to another module (a token table used as the head)."""
-    listener = _LISTENER.get()
+    listener = None if torch.compiler.is_compiling() else _LISTENER.get()
     return functional.linear(x, weight) if listener is None else listener.linear(x, weight)
 
 

@@ -71,6 +71,24 @@ def test_batched_fisher_equals_the_definition(name: str, estimator: str, ways: l
     assert all(torch.isfinite(part).all() and (part >= 0).all() for part in found)
 
 
+@pytest.mark.parametrize("name", ["hope self_modifying", "hope self_modifying_matrix", "hope optimizer_chain"])
+def test_memories_that_learn_take_the_batched_path(name: str, ways: list[bool]) -> None:
+    for estimator in ("sampled", "microbatch"):
+        config = FisherConfig(estimator=estimator, **SETTINGS)
+        found, shards = one_process(name, config)
+        assert_close(found, shards, dense_fisher(tiny(name), examples(NUM_EXAMPLES), config), f"{name} {estimator}")
+    assert ways == [True, True]
+
+
+def test_memories_without_a_rule_take_one_backward_pass_per_example_and_say_so(ways: list[bool], caplog) -> None:
+    config = FisherConfig(estimator="sampled", **SETTINGS)
+    with caplog.at_level("WARNING"):
+        found, shards = one_process("hope token_chain", config)
+    assert ways == [False]
+    assert "one backward pass per example" in caplog.text and "inner_0" in caplog.text
+    assert_close(found, shards, dense_fisher(tiny("hope token_chain"), examples(NUM_EXAMPLES), config), "token_chain")
+
+
 @pytest.mark.parametrize("name", ["hsmn", "hope"])
 def test_activation_checkpointing_changes_nothing(name: str, ways: list[bool]) -> None:
     config = FisherConfig(estimator="sampled", **SETTINGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from hsmn_dist.models.build import build_model
 from hsmn_dist.models.contract import LanguageModel, ModelInput
 from hsmn_dist.training.build import build_engine
 from hsmn_dist.training.engine import Engine
+from tests.support.hope_models import chain, small_memories
 from tests.support.models import TinyModel
 
 VOCAB_SIZE = 29
@@ -46,15 +48,25 @@ _HOPE = {
 }
 
 
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "tied": {"ties_embeddings": True},
+    "self_modifying": {"mixer": "self_modifying", "self_modifying": small_memories()},
+    "self_modifying_matrix": {"mixer": "self_modifying", "self_modifying": small_memories(memory="matrix")},
+    "optimizer_chain": {"cms": chain(cadence="optimizer", variant="independent")},
+    "token_chain": {"cms": chain()},
+}
+
+
 def tiny(name: str) -> LanguageModel:
-    """A seeded tiny model: "hsmn", "hope", with " tied" behind it; or "plain" (it has a parameter without a rule)."""
+    """A seeded tiny model: "hsmn", "hope", with an option behind it; or "plain" (it has a parameter without a rule)."""
     family, _, option = name.partition(" ")
     torch.manual_seed(11)
     if family == "plain":
         return TinyModel(tied=option == "tied")
     config = HsmnConfig if family == "hsmn" else HopeConfig
     settings = _HSMN if family == "hsmn" else _HOPE
-    model = build_model(config(**settings, ties_embeddings=option == "tied"))
+    model = build_model(config(**settings, **_OPTIONS[option]))
     with torch.no_grad():
         for parameter in model.parameters():  # away from the start, where many gradients vanish
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hsmn_dist.config.models import CmsConfig
+from hsmn_dist.models.example_rows import per_example
 from hsmn_dist.models.hope.mixers import SequenceInfo
 from hsmn_dist.models.layers.feed_forward import FeedForward
 
@@ -43,9 +44,14 @@ class OptimizerChain(nn.Module):
     def forward(self, x: Tensor, state: Any, info: SequenceInfo) -> tuple[Tensor, Any, dict[str, Tensor]]:
         """[B, T, D] -> [B, T, D]; there is no fast state."""
         y = x
+        is_independent = self.settings.variant == "independent"
+        shares = (
+            per_example(self.mix, x.shape[0])[..., None, None].unbind(1) if is_independent else ()
+        )  # each [B, 1, 1]
         for index, level in enumerate(self.levels):
-            if self.settings.variant == "independent":
-                out = self.mix[index] * level(x)
+            if is_independent:
+                out = level(x)
+                out = shares[index].to(out.dtype) * out
             else:
                 out = level(y)
             y = out if index == 0 else y + out

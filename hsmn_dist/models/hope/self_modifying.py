@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hsmn_dist.config.models import SelfModifyingConfig
+from hsmn_dist.models.example_rows import per_example
 from hsmn_dist.models.hope.chunk_layout import ChunkLayout, chunk_layout
 from hsmn_dist.models.hope.fast_state import FastState
 from hsmn_dist.models.hope.mixers import SequenceInfo, merge_heads, split_heads
@@ -103,8 +104,7 @@ class SelfModifyingTitans(nn.Module):
         """The learned start of each sequence, fp32 or wider."""
 
         def copies(parameter: Tensor) -> Tensor:
-            wide = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
-            return wide[None].expand(batch, *parameter.shape)
+            return per_example(parameter, batch).to(torch.promote_types(parameter.dtype, torch.float32))
 
         if not self.shape.hidden:
             return MemoryWeights(copies(self.initial_inner), None, None)
@@ -131,13 +131,14 @@ class SelfModifyingTitans(nn.Module):
             tail = x.new_zeros(batch, reach, width)
         padded = torch.cat([tail.to(x.dtype), x], 1)
         segments = None if info.segments is None else F.pad(info.segments, (reach, 0))
-        mixed = x * self.convolution[0]
+        taps = per_example(self.convolution, batch)[:, :, None].unbind(1)  # each [B, 1, D]
+        mixed = x * taps[0]
         for back in range(1, CONVOLUTION_WIDTH):
             earlier = padded[:, reach - back : reach - back + tokens]
             if segments is not None:
                 is_same = segments[:, reach - back : reach - back + tokens] == segments[:, reach:]
                 earlier = earlier * is_same[..., None]
-            mixed = mixed + earlier * self.convolution[back]
+            mixed = mixed + earlier * taps[back]
         if not info.returns_state:
             return mixed, tail
         if info.valid is None and segments is None:
@@ -196,9 +197,11 @@ class SelfModifyingTitans(nn.Module):
         place = slice(index * layout.chunk_size, (index + 1) * layout.chunk_size)
         vectors, scalars = recalled(walk.start, self.shape, u, first_vector=1)
         assert scalars is not None
-        rate = F.softplus(scalars[..., 0] + self.rate_bias[:, None]) * self.settings.rate_scale
+        batch = scalars.shape[0]
+        rate_bias, retention_bias = (per_example(b, batch)[..., None] for b in (self.rate_bias, self.retention_bias))
+        rate = F.softplus(scalars[..., 0] + rate_bias) * self.settings.rate_scale
         rate = rate.clamp(max=self.settings.largest_rate)
-        retention = torch.sigmoid(scalars[..., 1] + self.retention_bias[:, None]).clamp(min=SMALLEST_RETENTION)
+        retention = torch.sigmoid(scalars[..., 1] + retention_bias).clamp(min=SMALLEST_RETENTION)
         walk.rate, walk.retention = rate.mean(), retention.mean()
         valid = None if layout.valid is None else layout.valid[:, place]
         if valid is not None:

@@ -148,6 +148,28 @@ def test_a_tied_table_adds_its_uses_before_squaring(through: str) -> None:
     assert_same(found, looped_squares(model, lambda row: model(ids[row : row + 1]).sum()))
 
 
+class UsedInEveryWay(nn.Module):
+    """One table that is looked up, is the head, and is a plain tensor of every example too; `ways` says which."""
+
+    def __init__(self, ways: str) -> None:
+        super().__init__()
+        self.table = nn.Embedding(13, 6)
+        self.ways = ways
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.table(ids)) if "lookup" in self.ways else ids[..., None].double() * torch.ones(6).double()
+        logits = tied_linear(x, self.table.weight) if "head" in self.ways else x
+        whole = per_example(self.table.weight, len(ids))
+        return torch.logsumexp(logits, -1).sum(1) + (whole * x.sum(1)[:, None]).square().sum((1, 2))
+
+
+@pytest.mark.parametrize("ways", ["lookup and head", "lookup", "head"])
+def test_a_parameter_used_as_a_whole_besides_adds_all_its_uses_before_squaring(ways: str) -> None:
+    model = seeded(UsedInEveryWay(ways))
+    found = tapped_squares(model, lambda: model(IDS).sum())
+    assert_same(found, looped_squares(model, lambda row: model(IDS[row : row + 1]).sum()))
+
+
 class Flat(nn.Module):
     """Parts of all examples in one flat batch, unevenly and out of order; and a Parameter of its own."""
 
