@@ -6,6 +6,8 @@ first and the file's own keys win; mappings are merged, everything else is repla
 
 from __future__ import annotations
 
+import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,11 @@ import yaml
 from hsmn_dist.foundation.errors import ConfigError
 
 KeyPath = tuple[str, ...]
+MAX_FILE_BYTES = 4 << 20
+MAX_NODES = 100_000
+MAX_DEPTH = 50
+"""Bounds far above any real configuration: aliases of aliases would otherwise grow without end."""
+_BRACKETS = re.compile(r"[\[\]{}]")
 
 
 @dataclass
@@ -67,9 +74,13 @@ def set_value(tree: SourceTree, assignment: str) -> None:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        node = _compose(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: {error}", allowed="a YAML value", action="quote the value") from error
+    if node is None:
+        return None
+    _check_size(node, where)
+    return _value(node, where)
 
 
 def _index(values: list[Any], key: str, assignment: str) -> int:
@@ -96,31 +107,71 @@ def _child(node: Any, key: str, assignment: str) -> Any:
 
 
 def _read_file(path: Path, parents: tuple[Path, ...]) -> SourceTree:
-    if path.resolve() in parents:
-        chain = " -> ".join(str(parent) for parent in (*parents, path.resolve()))
-        raise ConfigError(f"{path}: includes itself ({chain})", allowed="includes without a cycle", action="drop one")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        here = path.resolve()
+        text = "" if here in parents else _read_text(path)
+    except (OSError, ValueError) as error:
         source = f" (included by {parents[-1]})" if parents else ""
         raise ConfigError(
             f"{path}: cannot be read{source}: {error}",
             allowed="a readable UTF-8 YAML file",
             action="check the path; shipped configurations are in configs/runs",
         ) from error
+    if here in parents:
+        chain = " -> ".join(str(parent) for parent in (*parents, here))
+        raise ConfigError(f"{path}: includes itself ({chain})", allowed="includes without a cycle", action="drop one")
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = _compose(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML: {error}", allowed="a YAML mapping", action="mend the line") from error
     tree = SourceTree()
     if node is None:
         return tree
+    _check_size(node, str(path))
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(
             f"{path}:1: not a mapping", allowed="keys with values", action="see configs/runs for examples"
         )
-    _fill(tree, node, path, (), (*parents, path.resolve()))
+    _fill(tree, node, path, (), (*parents, here))
     return tree
+
+
+def _read_text(path: Path) -> str:
+    """A configuration file's text; what is no plain file of a sensible size (a device, a pipe) is never opened."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a plain file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{status.st_size} bytes are more than {MAX_FILE_BYTES}")
+    return path.read_text(encoding="utf-8")
+
+
+def _compose(text: str) -> Any:
+    """The safe loader's nodes. Brackets within brackets cost it the square of their number, so they are counted before."""
+    depth = 0
+    for found in _BRACKETS.finditer(text):
+        depth += 1 if found.group() in "[{" else -1
+        if depth > 2 * MAX_DEPTH:
+            raise ValueError(f"more than {2 * MAX_DEPTH} brackets within each other")
+    return yaml.compose(text, Loader=yaml.SafeLoader)
+
+
+def _check_size(root: yaml.Node, where: str) -> None:
+    """Refuse documents that are huge, very deep, or contain themselves, counted with every alias written out."""
+    waiting, count = [(root, 1)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        count += 1
+        if count > MAX_NODES or depth > MAX_DEPTH:
+            raise ConfigError(
+                f"{where}: more than {MAX_NODES} values or {MAX_DEPTH} levels (an alias that contains itself?)",
+                allowed="a configuration of ordinary size",
+                action="write the values out in place of the alias",
+            )
+        if isinstance(node, yaml.MappingNode):
+            waiting.extend((part, depth + 1) for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting.extend((part, depth + 1) for part in node.value)
 
 
 def _fill(tree: SourceTree, node: yaml.MappingNode, path: Path, prefix: KeyPath, parents: tuple[Path, ...]) -> None:
@@ -153,7 +204,7 @@ def _value(node: yaml.Node, line: str) -> Any:
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_document(node)
-    except (yaml.YAMLError, ValueError) as error:
+    except Exception as error:  # a tag on a value that it does not fit fails in many ways (`!!bool x`, `!!timestamp x`)
         raise ConfigError(f"{line}: {error}", allowed="plain YAML values", action="remove the tag") from error
     finally:
         loader.dispose()

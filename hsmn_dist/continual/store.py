@@ -25,7 +25,7 @@ from hsmn_dist.distributed.collectives import all_reduce_sum, barrier
 from hsmn_dist.distributed.shards import ParamShard, owned_range
 from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.errors import CheckpointError
-from hsmn_dist.foundation.files import read_json, sha256_of_file, write_manifest
+from hsmn_dist.foundation.files import is_inside, read_json, sha256_of_file, write_manifest
 
 MANIFEST = "manifest.json"
 FORMAT = "hsmn_dist.ewc"
@@ -152,12 +152,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             action="finish the earlier stage first, or train without it (continual.method: none)",
         )
     manifest: dict[str, Any] = read_json(path)
+    if not isinstance(manifest, dict):
+        raise _damaged(path, "is no record of a store")
     if manifest.get("format") != FORMAT or manifest.get("version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format {manifest.get('format')!r} version {manifest.get('version')!r}",
             allowed=f"format {FORMAT!r} version {FORMAT_VERSION}",
             action="take the Fisher again with this program",
         )
+    kinds = {"files": dict, "parameters": dict, "tasks": list}
+    if not all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()) or not all(
+        is_inside(file) for file in manifest["files"]
+    ):
+        raise _damaged(path, "has no files, parameters or tasks as this program writes them")
     return manifest
 
 

@@ -172,7 +172,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: no tokenizer can be read from it ({error})",
             allowed="a tokenizer.json",

@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hsmn_dist.foundation.errors import CheckpointError
@@ -80,7 +80,10 @@ def read_json(path: Path) -> Any:
     """Read a JSON file; a damaged one is a `CheckpointError` that names the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # no UTF-8, no JSON, a number of thousands of digits, nested too deeply
         raise CheckpointError(
             f"{path}: not valid JSON ({error})",
             allowed="a file written whole by this program",
@@ -108,6 +111,26 @@ def write_manifest(folder: Path, manifest_name: str, files: list[str], extra: di
     write_json(folder / manifest_name, {"files": entries, **extra})
 
 
+def _is_manifest(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("files"), dict):
+        return False
+    return all(
+        is_inside(name)
+        and isinstance(entry, dict)
+        and isinstance(entry.get("sha256"), str)
+        and type(entry.get("bytes")) is int
+        for name, entry in value["files"].items()
+    )
+
+
+def is_inside(name: Any) -> bool:
+    """Whether a file name of a manifest stays inside its folder: relative, without `..`, printable."""
+    if not isinstance(name, str) or not name or not name.isprintable() or "\\" in name:
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
 def verify_manifest(folder: Path, manifest_name: str) -> dict[str, Any]:
     """Read the manifest and check the size and hash of each file it names.
 
@@ -122,6 +145,12 @@ def verify_manifest(folder: Path, manifest_name: str) -> dict[str, Any]:
             action="use an older complete folder, or make this one again",
         )
     manifest: dict[str, Any] = read_json(path)
+    if not _is_manifest(manifest):
+        raise CheckpointError(
+            f"{path}: no manifest of files with a size and a SHA-256 each, all inside the folder",
+            allowed="a manifest written whole by this program",
+            action="use an older complete folder, or make this one again",
+        )
     for name, entry in manifest["files"].items():
         file = folder / name
         if not file.is_file():

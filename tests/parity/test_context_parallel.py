@@ -49,7 +49,7 @@ def model_of_rank(world: World, size: int, **changes: Any) -> HsmnModel:
 
 def one_pass(model: HsmnModel, lengths: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
     inputs = batch(lengths, [7] * len(lengths))
-    found = gradients(model, model(inputs, target_loss=cross_entropy).nll.sum())
+    found = gradients(model, model(inputs, target_loss=cross_entropy).nll.sum() / inputs.loss_mask.sum())
     with torch.no_grad():
         return model(inputs).logits, found
 

@@ -31,6 +31,8 @@ SAMPLE_DTYPE = np.dtype(
         ("target_tokens", "<u4"),
     ]
 )
+LARGEST_COUNT = 1 << 56
+TOKEN_DTYPES = ("<u2", "<u4")
 _SHARD_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar$")
 _SAMPLES_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.npy$")
 
@@ -48,7 +50,7 @@ class ShardEntry:
 
     def __post_init__(self) -> None:
         # A shard is a plain file of the folder: no `pipe:`, no other folder (the rule of WDS_SECURE).
-        if not _SHARD_NAME.match(self.name):
+        if not (isinstance(self.name, str) and _SHARD_NAME.fullmatch(self.name)):
             raise DataError(
                 f"an index names the shard {self.name!r}",
                 allowed="a .tar file of letters, digits, '_', '.' and '-' in the index's own folder",
@@ -124,7 +126,7 @@ class ShardIndex:
         if name not in self.splits:
             raise DataError(
                 f"{folder}: no split {name!r}",
-                allowed=", ".join(self.splits),
+                allowed=", ".join(map(repr, self.splits)),
                 action="choose one of them, or prepare the dataset again",
             )
         return self.splits[name]
@@ -174,16 +176,39 @@ def parse_index(value: Any, path: object) -> ShardIndex:
             for name, split in value["splits"].items()
         }
         for split in splits.values():
-            if not _SAMPLES_NAME.match(split.samples_file):
+            if not _SAMPLES_NAME.fullmatch(split.samples_file):
                 raise KeyError(split.samples_file)
         rest = {key: value[key] for key in ShardIndex.__dataclass_fields__ if key != "splits"}
-        return ShardIndex(splits=splits, **rest)
-    except (KeyError, TypeError, AttributeError) as error:
+        index = ShardIndex(splits=splits, **rest)
+        _check_values(index)
+        return index
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: not an index of shards ({type(error).__name__}: {error})",
             allowed="an index.json written whole by `hsmn-dist prepare`",
             action="remove the folder and prepare it again",
         ) from error
+
+
+def _check_values(index: ShardIndex) -> None:
+    """Types and ranges: what comes from elsewhere must not surprise the arithmetic behind it."""
+    texts = [index.dataset, index.config_digest, index.tokenizer_digest]
+    counts: list[Any] = []
+    for split in index.splits.values():
+        texts.append(split.samples_sha256)
+        for shard in split.shards:
+            texts.append(shard.sha256)
+            counts += [shard.bytes, shard.num_samples, shard.num_context_tokens, shard.num_target_tokens]
+    if not index.splits:
+        raise ValueError("no splits")
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a name or digest that is no text")
+    if not all(type(count) is int and 0 <= count < LARGEST_COUNT for count in counts):
+        raise ValueError("a size or count that is no whole number from 0")
+    if index.token_dtype not in TOKEN_DTYPES:
+        raise ValueError(f"token_dtype {index.token_dtype!r}")
+    if not all(isinstance(value, dict) for value in (index.skipped, index.truncated, index.origin, index.notes)):
+        raise TypeError("a record that is no mapping")
 
 
 def save_samples(path: Path, samples: np.ndarray) -> str:
@@ -204,10 +229,15 @@ def load_samples(path: Path, split: SplitEntry) -> np.ndarray:
     elif sha256_of_file(path) != split.samples_sha256:
         problem = "has another SHA-256 than index.json says"
     else:
-        samples: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        if samples.dtype == SAMPLE_DTYPE and samples.ndim == 1 and len(samples) == split.num_samples:
-            return samples
-        problem = f"counts {len(samples)} samples, the shards of index.json {split.num_samples}"
+        try:
+            samples: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+        except Exception as error:  # the header is parsed as text, and fails in a dozen ways
+            problem = f"is no array of samples ({type(error).__name__}: {error})"
+        else:
+            if samples.dtype == SAMPLE_DTYPE and samples.ndim == 1 and len(samples) == split.num_samples:
+                return samples
+            counted = f"{len(samples)} samples" if samples.dtype == SAMPLE_DTYPE and samples.ndim == 1 else "no samples"
+            problem = f"counts {counted}, the shards of index.json {split.num_samples}"
     raise DataError(
         f"{path}: {problem}",
         allowed="the file that was written together with index.json",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import tarfile
 import tempfile
 import threading
 from collections import OrderedDict
@@ -28,10 +27,10 @@ from hsmn_dist.data.shards.remote import FetchFailed, RemoteFiles, folder_name, 
 from hsmn_dist.data.shards.tar_layout import (
     BLOCK_BYTES,
     COUNT_BYTES,
-    EXAMPLE_SUFFIX,
     TOKENS_SUFFIX,
     checksum,
     example_span,
+    member_names,
     tokens_span,
 )
 from hsmn_dist.foundation.errors import DataError
@@ -159,13 +158,21 @@ class SplitReader:
                 if end != len(text):
                     raise ValueError(f"more than one value, at character {end}")
                 found.append(value)
-            except (ValueError, StopIteration) as error:
+            except (ValueError, StopIteration, RecursionError) as error:
                 raise _damaged(self._where(number), f"its JSON cannot be decoded ({error})") from error
         return found
 
     def read_example(self, number: int) -> Example:
-        """The example of a sample, text and meta."""
-        return Example(**self.read_json(number))
+        """The example of a sample, text and meta.
+
+        Raises:
+            DamagedSample: as `read_json`, or the JSON is no example.
+        """
+        value = self.read_json(number)
+        try:
+            return Example(**value)
+        except (TypeError, KeyError, DataError) as error:
+            raise _damaged(self._where(number), f"is no example ({type(error).__name__}: {error})") from error
 
     def close(self) -> None:
         """Close the shards that are open."""
@@ -185,6 +192,9 @@ class SplitReader:
         spans = zip(shards.tolist(), starts.tolist(), lengths.tolist(), crcs.tolist(), strict=True)
         for shard, start, length, crc in spans:
             file = opened.get(shard) or self._open_shard(shard)
+            if not 0 <= start <= start + length <= self.entry.shards[shard].bytes:
+                problem = f"lies at {start} to {start + length} of {self.entry.shards[shard].bytes} bytes"
+                raise _damaged(self._where(int(numbers[len(blocks)])), problem)
             try:
                 data = read(file.descriptor, length, start)
             except OSError as error:
@@ -254,20 +264,13 @@ def shard_problems(folder: Path, entry: ShardEntry) -> list[str]:
     elif sha256_of_file(path) != entry.sha256:
         problems.append(f"{path}: has another SHA-256 than the index says")
     try:
-        with tarfile.open(path, "r:") as archive:
-            members = archive.getmembers()
-    except (tarfile.TarError, OSError) as error:
-        return [*problems, f"{path}: not a whole tar file ({error})"]
-    strange = [m.name for m in members if not m.isreg() or m.name.rpartition(".")[2] not in _SUFFIXES]
-    if strange:
-        problems.append(f"{path}: holds {strange[0]!r}; members are plain .{EXAMPLE_SUFFIX} and .{TOKENS_SUFFIX} files")
-    num_samples = sum(m.name.endswith(f".{TOKENS_SUFFIX}") for m in members)
+        names = list(member_names(path))
+    except (ValueError, OSError) as error:
+        return [*problems, f"{path}: {error}"]
+    num_samples = sum(name.endswith(f".{TOKENS_SUFFIX}") for name in names)
     if num_samples != entry.num_samples:
         problems.append(f"{path}: holds {num_samples} samples, the index says {entry.num_samples}")
     return problems
-
-
-_SUFFIXES = (EXAMPLE_SUFFIX, TOKENS_SUFFIX)
 
 
 def folder_problems(folder: Path) -> list[str]:

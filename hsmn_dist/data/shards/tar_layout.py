@@ -11,14 +11,18 @@ token type. Source of the header layout: POSIX.1-1988 ustar, as written by the s
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 BLOCK_BYTES = 512
 _NAME_BYTES = 100
+_MEMBER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(json|tok)")
 END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
 EXAMPLE_SUFFIX = "json"
 TOKENS_SUFFIX = "tok"
@@ -54,6 +58,46 @@ def header(name: str, num_bytes: int) -> bytes:
 def member(name: str, payload: bytes) -> bytes:
     """One tar member: header, payload, padding."""
     return header(name, len(payload)) + payload + bytes(padded(len(payload)) - len(payload))
+
+
+def member_names(path: Path) -> Iterator[str]:
+    """Names of the members of a shard, in order, each header checked to be the very one that `header` writes.
+
+    So links, folders, other places (`../x`), compressed or extended members and sizes that lie are found, and nothing is
+    ever followed or unpacked.
+
+    Raises:
+        ValueError: the first member that is not ours, or an archive that does not end as ours do.
+    """
+    num_bytes = path.stat().st_size
+    with path.open("rb") as stream:
+        place = 0
+        while place + BLOCK_BYTES <= num_bytes:
+            stream.seek(place)
+            block = stream.read(BLOCK_BYTES)
+            if not any(block):
+                if stream.read().strip(b"\0") or num_bytes - place < len(END_OF_ARCHIVE):
+                    raise ValueError(f"bytes behind the end of the archive, at {place}")
+                return
+            name, size = _plain_member(block)
+            if name is None:
+                shown = block[:_NAME_BYTES].rstrip(b"\0").decode("ascii", "backslashreplace")
+                raise ValueError(
+                    f"holds {shown!r} at {place}; members are plain .{EXAMPLE_SUFFIX} and .{TOKENS_SUFFIX} files"
+                )
+            yield name
+            place += BLOCK_BYTES + padded(size)
+    raise ValueError(f"not a whole tar file: it ends in a member, at {num_bytes}")
+
+
+def _plain_member(block: bytes) -> tuple[str | None, int]:
+    """Name and size of a header that this module could have written; (None, 0) for any other."""
+    try:
+        name, size = block[:_NAME_BYTES].rstrip(b"\0").decode("ascii"), int(block[124:135], 8)
+        is_ours = _MEMBER_NAME.fullmatch(name) is not None and header(name, size) == block
+    except ValueError:  # no ASCII, no octal number, or a number that does not fit its field
+        is_ours = False
+    return (name, size) if is_ours else (None, 0)
 
 
 def example_span(offset: Size, example_bytes: Size) -> tuple[Size, Size]:

@@ -12,6 +12,9 @@ from typing import Any
 
 from hsmn_dist.foundation.errors import DataError
 
+LARGEST = 1 << 62
+"""Of any field: far above any run, and within 64-bit arithmetic."""
+
 
 @dataclass(frozen=True)
 class Cursor:
@@ -46,10 +49,10 @@ class Cursor:
         """
         names = set(cls.__dataclass_fields__)
         is_cursor = isinstance(value, dict) and set(value) == names
-        if not is_cursor or not all(isinstance(number, int) and number >= 0 for number in value.values()):
+        if not is_cursor or not all(type(number) is int and 0 <= number < LARGEST for number in value.values()):
             raise DataError(
                 f"stream cursor {value!r}",
-                allowed=f"whole numbers {', '.join(sorted(names))}",
+                allowed=f"whole numbers below 2^62: {', '.join(sorted(names))}",
                 action="use another checkpoint",
             )
         cursor = cls(**value)
