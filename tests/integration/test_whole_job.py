@@ -87,6 +87,8 @@ def check_mlflow(root: Path, run_id: str) -> None:
         assert run.data.metrics
         assert client.list_artifacts(run.info.run_id, "figures")
     assert all("train/loss_nats" in run.data.metrics for run in children)
+    history = client.get_metric_history(parents[0].info.run_id, "transfer/average_accuracy")
+    assert [point.step for point in history] == [0, 1, 2], "the transfer numbers after every stage, each once"
 
 
 def wait_for(condition: object, seconds: float, what: str) -> None:
