@@ -1,16 +1,17 @@
 """What EWC adds to a training step: ZeRO-2, two ranks, coupled; and the bytes that its buffers take on a rank.
 
-    python benchmarks/ewc_overhead.py [--json] [--steps 12] [--rounds 4]
+    python benchmarks/ewc_overhead.py [--json] [--pairs 60]
 
-Steps with and without EWC take turns in the same processes on the same weights and batches, so that both meet the same machine; the ratio is
-that of the least CPU times of rank 0's step (wall times are printed too). The penalty's value is not computed: it is computed
-only on steps that log it.
+One step with EWC and one without make a pair, in turns in which comes first, in the same processes on the same weights and batch: both meet the same machine.
+The ratio is the median over pairs of rank 0's times, with a 95 percent bootstrap interval, by CPU time and by the clock. The penalty's value is
+not computed: it is computed only on steps that log it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -25,6 +26,7 @@ from hsmn_dist.config.models import HopeConfig
 from hsmn_dist.config.optim import OptimConfig
 from hsmn_dist.config.training import TrainingConfig
 from hsmn_dist.continual.ewc import EwcMemory, EwcPenalty, TaskRecord
+from hsmn_dist.distributed.collectives import barrier
 from hsmn_dist.distributed.determinism import seed_everything
 from hsmn_dist.distributed.world import World
 from hsmn_dist.models.build import build_model
@@ -32,18 +34,18 @@ from hsmn_dist.models.contract import ModelInput
 from hsmn_dist.training.build import build_engine
 from tests.support.distributed import run_distributed
 
-MICRO_BATCH, TOKENS, VOCAB = 8, 128, 4096
+MICRO_BATCH, TOKENS, VOCAB, WARM_UP = 8, 128, 4096, 2
 
 
 def batch_of(seed: int) -> ModelInput:
     """Random tokens: the time of a step does not depend on them."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(1000 + seed)
     ids = torch.randint(4, VOCAB, (MICRO_BATCH, TOKENS), generator=generator)
     context = ids[:, :0]
     return ModelInput(context, context.bool(), ids, torch.ones_like(ids, dtype=torch.bool))
 
 
-def measure(world: World, steps: int, rounds: int) -> dict[str, Any]:
+def measure(world: World, pairs: int) -> dict[str, Any]:
     """Times of steps with and without EWC on this rank, in turns."""
     torch.set_num_threads(1)
     training = TrainingConfig.model_validate(
@@ -64,18 +66,18 @@ def measure(world: World, steps: int, rounds: int) -> dict[str, Any]:
     cpu: dict[str, list[float]] = {"with": [], "without": []}
     wall: dict[str, list[float]] = {"with": [], "without": []}
     penalty_seconds: list[float] = []
-    for turn in range(rounds * 2 + 2):
-        name = ("without", "with")[turn % 2]
-        penalty = penalties[name]
-        for step in range(steps):
+    for pair in range(-WARM_UP, pairs):
+        for name in sorted(penalties, reverse=pair % 2 == 0):
+            penalty = penalties[name]
+            barrier()
             start, started = time.process_time(), time.perf_counter()
-            engine.forward_backward(batch_of(step), float(MICRO_BATCH * TOKENS * world.world_size))
+            engine.forward_backward(batch_of(pair), float(MICRO_BATCH * TOKENS * world.world_size))
             if penalty is not None:
                 before = time.process_time()
                 penalty.add_gradients(engine.param_shards())
                 penalty_seconds.append(time.process_time() - before)
             engine.step(1e-5)
-            if turn > 1:
+            if pair >= 0:
                 cpu[name].append(time.process_time() - start)
                 wall[name].append(time.perf_counter() - started)
     num_parameters = sum(torch.Size(s.shape).numel() for s in shards)
@@ -83,33 +85,45 @@ def measure(world: World, steps: int, rounds: int) -> dict[str, Any]:
         "num_parameters": num_parameters,
         "bytes_per_rank": memory.num_bytes,
         "expected_bytes_per_rank": 8 * num_parameters / world.world_size,
-        "cpu_seconds": {name: statistics.median(times) for name, times in cpu.items()},
-        "wall_seconds": {name: statistics.median(times) for name, times in wall.items()},
-        "penalty_seconds": min(penalty_seconds),
+        "cpu_seconds": cpu,
+        "wall_seconds": wall,
+        "penalty_seconds": statistics.median(penalty_seconds),
     }
     engine.close()
     return result
 
 
+def median_ratio(times: dict[str, list[float]]) -> tuple[float, list[float]]:
+    """Median over pairs of (with / without), and its 95 percent bootstrap interval."""
+    ratios = [a / b for a, b in zip(times["with"], times["without"], strict=True)]
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return statistics.median(ratios), [medians[50], medians[1949]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=60)
     options = parser.parse_args()
-    first = run_distributed(measure, 2, options.steps, options.rounds, timeout=1200)[0]
+    first = run_distributed(measure, 2, options.pairs, timeout=1200)[0]
     for clock in ("cpu", "wall"):
         times = first[f"{clock}_seconds"]
-        first[f"{clock}_ratio"] = times["with"] / times["without"]
+        first[f"{clock}_ratio"], first[f"{clock}_ratio_interval"] = median_ratio(times)
+        first[f"{clock}_seconds"] = {name: statistics.median(values) for name, values in times.items()}
     first["penalty_share"] = first["penalty_seconds"] / first["cpu_seconds"]["without"]
+    first["pairs"] = options.pairs
     if options.json:
         print(json.dumps(first, indent=2))
         return
+    cpu, wall = (
+        f"x{first[f'{clock}_ratio']:.3f} [{first[f'{clock}_ratio_interval'][0]:.3f}, {first[f'{clock}_ratio_interval'][1]:.3f}]"
+        for clock in ("cpu", "wall")
+    )
     print(
-        f"{first['num_parameters']:,} parameters, ZeRO-2, two ranks: step with EWC over step without "
-        f"x{first['cpu_ratio']:.3f} (CPU), x{first['wall_ratio']:.3f} (wall); the penalty alone takes "
-        f"{100 * first['penalty_share']:.2f} percent of a step; {first['bytes_per_rank']:,} bytes a rank "
-        f"(8 x parameters / ranks = {first['expected_bytes_per_rank']:,.0f})"
+        f"{first['num_parameters']:,} parameters, ZeRO-2, two ranks, {options.pairs} pairs: step with EWC over step without "
+        f"{cpu} (CPU), {wall} (wall); the penalty alone takes {100 * first['penalty_share']:.2f} percent of a step; "
+        f"{first['bytes_per_rank']:,} bytes a rank (8 x parameters / ranks = {first['expected_bytes_per_rank']:,.0f})"
     )
 
 
