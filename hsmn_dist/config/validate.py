@@ -24,6 +24,7 @@ def check_run(config: RunConfig, where: Where) -> None:
     for check in (
         _check_secrets,
         _check_context_parallel,
+        _check_elastic,
         _check_batch,
         _check_checkpoint_uri,
         _check_precision,
@@ -62,10 +63,41 @@ def _texts(value: Any, path: KeyPath) -> list[tuple[KeyPath, str]]:
     if isinstance(value, list):
         return [pair for index, inner in enumerate(value) for pair in _texts(inner, (*path, str(index)))]
     return [(path, value)] if isinstance(value, str) else []
+def _check_elastic(config: RunConfig, where: Where) -> None:
+    cluster, training = config.cluster, config.training
+    if not cluster.num_workers:
+        return
+    text = list(cluster.num_workers)
+    if len(text) != 2 or not 1 <= text[0] <= text[1]:
+        _refuse(
+            where, "cluster.num_workers", f"{text} is no range", "[min, max] with 1 <= min <= max", "for example [1, 4]"
+        )
+    if cluster.launcher != "ray":
+        _refuse(
+            where,
+            "cluster.num_workers",
+            f"launcher {cluster.launcher} starts a fixed number of ranks",
+            "cluster.launcher ray",
+            "set cluster.launcher to ray, or cluster.num_workers to []",
+        )
+    bad = [
+        size for size in cluster.world_sizes if training.global_batch_examples % (size * training.micro_batch_examples)
+    ]
+    if bad:
+        _refuse(
+            where,
+            "cluster.num_workers",
+            f"{training.global_batch_examples} examples cannot be dealt in micro-batches of {training.micro_batch_examples} to "
+            f"{', '.join(map(str, bad))} ranks",
+            "a global batch that is a multiple of micro_batch_examples x every number of ranks in the range",
+            "change training.global_batch_examples or training.micro_batch_examples, or narrow the range",
+        )
 
 
 def _check_batch(config: RunConfig, where: Where) -> None:
     training, cluster = config.training, config.cluster
+    if cluster.num_workers:
+        return  # checked for every size of the range
     world_size = cluster.num_nodes * cluster.ranks_per_node
     if training.engine == "local" and world_size != 1:
         _refuse(

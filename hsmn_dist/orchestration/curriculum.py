@@ -25,7 +25,7 @@ from hsmn_dist.foundation.provenance import provenance
 from hsmn_dist.orchestration.adjustments import shrink_micro_batch
 from hsmn_dist.orchestration.attempt import new_attempt
 from hsmn_dist.orchestration.failures import POLICIES, FailureKind, classify
-from hsmn_dist.orchestration.heartbeat import read_beats, silent_rank
+from hsmn_dist.orchestration.heartbeat import has_ended, read_beats, silent_rank
 from hsmn_dist.orchestration.journal import append_event, read_events, run_status
 from hsmn_dist.orchestration.launcher import StageLauncher
 from hsmn_dist.orchestration.run_folder import RunFolder, new_run_folder
@@ -221,9 +221,8 @@ def _watch(run: Run, launcher: StageLauncher) -> Iterator[list[StageFailed]]:
 
     def look() -> None:
         while not done.wait(WATCH_SECONDS):
-            beat = silent_rank(
-                read_beats(run.folder.path / "heartbeats"), run.config.cluster.stall_seconds, time.time()
-            )
+            beats = [beat for beat in read_beats(run.folder.path / "heartbeats") if not has_ended(beat)]
+            beat = silent_rank(beats, run.config.cluster.stall_seconds, time.time())
             if beat is not None:
                 hung.append(
                     StageFailed(

@@ -107,6 +107,19 @@ def read_beats(folder: Path) -> list[Beat]:
     return beats
 
 
+def has_ended(beat: Beat) -> bool:
+    """Whether the process that wrote a beat is known to be gone: it is not silent but dead, which is its launcher's business."""
+    if not beat.pid or beat.host != platform.node():
+        return False
+    try:
+        os.kill(beat.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
 def silent_rank(beats: list[Beat], stall_seconds: float, now: float) -> Beat | None:
     """The rank to blame when one has made no progress for longer than `stall_seconds`.
 

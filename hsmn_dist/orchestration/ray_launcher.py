@@ -1,8 +1,9 @@
 """Ray Train as a launcher: one `TorchTrainer` whose workers run every pending stage.
 
 Ray places the ranks, replaces lost workers and nodes (`FailureConfig`), and forms the process group. State lives in the run folder,
-so a restarted group resumes from our own checkpoints; nothing is reported through Ray but the end of a stage. All of Ray Train that we
-use is in this file.
+so a restarted group resumes from our own checkpoints, at another number of ranks too: with `cluster.num_workers: [min, max]` Ray Train
+looks for nodes that joined and starts the group anew with more ranks, or with fewer after a node was lost. Nothing is reported through
+Ray but the end of a stage. All of Ray Train that we use is in this file.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class RayLauncher:
 
     def _check_resources(self) -> None:
         cluster, have = self._cluster, ray.cluster_resources()
-        ranks = cluster.num_nodes * cluster.ranks_per_node
+        ranks = cluster.world_sizes[0]
         wanted = {"CPU": ranks * cluster.cpus_per_rank}
         if cluster.device == "gpu":
             wanted["GPU"] = float(ranks)
@@ -105,28 +106,34 @@ class RayLauncher:
                 raise ConfigError(
                     f"the run wants {amount:g} {name} for {ranks} ranks and the Ray cluster has {have.get(name, 0.0):g}",
                     allowed=f"at most {have.get(name, 0.0):g} {name}",
-                    action="lower cluster.num_nodes or cluster.ranks_per_node, or add nodes to the cluster",
+                    action="lower cluster.num_nodes or cluster.ranks_per_node (elastic: the first of cluster.num_workers), or "
+                    "add nodes to the cluster",
                 )
 
     def _scaling(self) -> ray.train.ScalingConfig:
         cluster = self._cluster
         uses_gpu = cluster.device == "gpu"
         resources = {"CPU": cluster.cpus_per_rank, **({"GPU": 1} if uses_gpu else {})}
+        sizes = cluster.world_sizes
+        elastic: dict[str, Any] = {  # Ray's own annotations are those of its older version
+            "num_workers": (sizes[0], sizes[-1]),
+            "elastic_resize_monitor_interval_s": cluster.resize_seconds,
+        }
         return ray.train.ScalingConfig(
-            num_workers=cluster.num_nodes * cluster.ranks_per_node,
             use_gpu=uses_gpu,
             resources_per_worker=resources,
             placement_strategy="PACK",
+            **(elastic if cluster.num_workers else {"num_workers": sizes[0]}),
         )
 
 
 def _local_cores(cluster: ClusterConfig) -> int:
     """Cores of a local Ray cluster; a run that wants more is refused before Ray starts."""
-    needed = cluster.num_nodes * cluster.ranks_per_node * cluster.cpus_per_rank
+    needed = cluster.world_sizes[0] * cluster.cpus_per_rank
     cores = max(os.cpu_count() or 1, 1)
     if needed > cores:
         raise ConfigError(
-            f"the run wants {needed:g} CPU cores ({cluster.ranks_per_node} ranks x {cluster.cpus_per_rank:g}) "
+            f"the run wants {needed:g} CPU cores ({cluster.world_sizes[0]} ranks x {cluster.cpus_per_rank:g}) "
             f"and this machine has {cores}",
             allowed=f"at most {cores} cores on a local Ray cluster",
             action="lower cluster.ranks_per_node, or name a larger cluster with cluster.ray_address",

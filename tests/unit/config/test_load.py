@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from hsmn_dist.config.load import config_digest, load_run_config, run_config_from_mapping, write_resolved
+from hsmn_dist.config.run import RunConfig
 from hsmn_dist.foundation.errors import ConfigError
 
 RUNS = sorted((Path(__file__).resolve().parents[3] / "configs" / "runs").glob("*.yaml"))
@@ -173,3 +174,25 @@ def test_configuration_is_frozen(tmp_path: Path) -> None:
     config = load_run_config(write(tmp_path, MINIMAL))
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 1  # type: ignore[misc]
+
+
+def test_an_elastic_range_is_checked_for_every_number_of_ranks(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    batch = ["training.global_batch_examples=16", "training.micro_batch_examples=4"]
+    config = load_run_config(path, [*batch, "cluster.num_workers=[1, 2]"])
+    assert list(config.cluster.world_sizes) == [1, 2]
+    assert list(load_run_config(path, batch).cluster.world_sizes) == [2]
+    assert run_config_from_mapping(yaml.safe_load(write_resolved_text(config, tmp_path))) == config
+    for value, found in (
+        ("[2, 1]", "is no range"),
+        ("[1]", "is no range"),
+        ("[0, 2]", "is no range"),
+        ("[1, 4]", "to 3 ranks"),
+    ):
+        assert found in refusal(path, *batch, f"cluster.num_workers={value}").found
+    assert "launcher local" in refusal(path, *batch, "cluster.num_workers=[1, 2]", "cluster.launcher=local").found
+
+
+def write_resolved_text(config: RunConfig, folder: Path) -> str:
+    write_resolved(config, folder / "resolved.yaml")
+    return (folder / "resolved.yaml").read_text()

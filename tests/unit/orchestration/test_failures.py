@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,7 @@ from hsmn_dist.orchestration.failures import (
     reserve_failure,
     write_failure,
 )
-from hsmn_dist.orchestration.heartbeat import Beat, Heart, read_beats, silent_rank
+from hsmn_dist.orchestration.heartbeat import Beat, Heart, has_ended, read_beats, silent_rank
 from hsmn_dist.orchestration.journal import append_event, read_events, run_status
 from hsmn_dist.orchestration.launcher import clear_failures, raise_for_records
 from hsmn_dist.orchestration.run_folder import RunFolder
@@ -154,6 +157,18 @@ def test_the_rank_that_does_not_breathe_is_blamed_and_not_those_that_wait_for_it
     assert silent_rank([waiting, stopped], 60, now) is stopped
     behind = stand_still(1, 6, 100, True, now)
     assert silent_rank([waiting, behind], 60, now) is behind, "all breathe: the one furthest behind holds the others up"
+
+
+def test_a_rank_that_died_is_not_taken_for_a_silent_one(tmp_path: Path) -> None:
+    Heart(tmp_path, 0).beat(phase="train", step=3)
+    (beat,) = read_beats(tmp_path)
+    assert not has_ended(beat), "this very process"
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    assert has_ended(replace(beat, pid=child.pid))
+    assert not has_ended(replace(beat, pid=child.pid, host="elsewhere")), (
+        "nothing is known of another machine's processes"
+    )
 
 
 def test_a_heart_breathes_while_its_rank_waits(tmp_path: Path) -> None:
