@@ -13,6 +13,7 @@ import typer
 
 from hsmn_dist import __version__
 from hsmn_dist.foundation.errors import ConfigError, HsmnError
+from hsmn_dist.foundation.redact import redact
 from hsmn_dist.foundation.registry import near_name
 
 # name -> (module, one line of help)
@@ -84,7 +85,7 @@ def run_command(arguments: list[str]) -> int:
         typer.echo("interrupted", err=True)
         return 130
     except Exception:
-        traceback.print_exc()
+        typer.echo(redact(traceback.format_exc()), err=True)
         typer.echo("\nerror: this is a defect of hsmn-dist, not of your input; please report the lines above", err=True)
         return 1
     return 0

@@ -17,6 +17,7 @@ from hsmn_dist.config.validate import check_run
 from hsmn_dist.config.yaml_source import KeyPath, SourceTree, read_yaml, set_value
 from hsmn_dist.foundation.errors import ConfigError
 from hsmn_dist.foundation.files import sha256_of_json, write_text
+from hsmn_dist.foundation.redact import redact_value
 from hsmn_dist.foundation.registry import near_name
 
 
@@ -59,7 +60,8 @@ def config_digest(config: RunConfig) -> str:
 
 def write_resolved(config: RunConfig, path: Path) -> None:
     """Write the resolved copy, defaults included, so that the run can be read and repeated."""
-    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120))
+    plain = redact_value(config.model_dump(mode="json"))  # a file cannot hold secrets (validate.py); a caller's object might
+    write_text(path, yaml.safe_dump(plain, sort_keys=False, width=120))
 
 
 def _explain(error: ValidationError, tree: SourceTree) -> ConfigError:

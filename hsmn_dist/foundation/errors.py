@@ -2,12 +2,15 @@
 
 `found` says what was met and where (file, line, configuration path, shard, rank), `allowed` says what would have been
 accepted, and `action` says what the reader should do next. The command line prints the three parts and turns the class
-into an exit code; a user's mistake never shows a traceback.
+into an exit code; a user's mistake never shows a traceback. Secrets in any of the three are hidden when the error is made, so that no
+log, journal or failure record can carry them on.
 """
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
+
+from hsmn_dist.foundation.redact import redact
 
 
 class HsmnError(Exception):
@@ -16,10 +19,10 @@ class HsmnError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, found: str, *, allowed: str, action: str) -> None:
-        self.found = found
-        self.allowed = allowed
-        self.action = action
-        super().__init__(f"{found}\n  allowed: {allowed}\n  do: {action}")
+        self.found = redact(found)
+        self.allowed = redact(allowed)
+        self.action = redact(action)
+        super().__init__(f"{self.found}\n  allowed: {self.allowed}\n  do: {self.action}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Keyword-only arguments would otherwise be lost when the error crosses a process line.

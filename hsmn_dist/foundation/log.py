@@ -1,9 +1,11 @@
-"""One logger set-up for every process: rank prefix, rank-0 filter, warn once."""
+"""One logger set-up for every process: rank prefix, rank-0 filter, warn once; secrets are hidden in lines and tracebacks."""
 
 from __future__ import annotations
 
 import logging
 import sys
+
+from hsmn_dist.foundation.redact import redact
 
 _ROOT = "hsmn_dist"
 _warned: set[str] = set()
@@ -14,12 +16,21 @@ def logger(name: str) -> logging.Logger:
     return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
 
 
+class RedactingFormatter(logging.Formatter):
+    """Hides secrets in the whole text of a record, its traceback included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, or lines, of a record."""
+        return redact(super().format(record))
+
+
 def configure_logging(rank: int = 0, *, verbose: bool = False) -> None:
     """Send records to standard error. Ranks above 0 only speak of warnings and errors."""
     root = logging.getLogger(_ROOT)
     root.handlers.clear()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s rank{rank} %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    form = f"%(asctime)s rank{rank} %(levelname)s %(name)s: %(message)s"
+    handler.setFormatter(RedactingFormatter(form, "%H:%M:%S"))
     root.addHandler(handler)
     root.propagate = False
     quiet = logging.WARNING if rank > 0 else logging.INFO

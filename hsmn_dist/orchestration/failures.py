@@ -18,6 +18,7 @@ from typing import Any
 
 from hsmn_dist.foundation.errors import HsmnError, Preempted, StageFailed
 from hsmn_dist.foundation.files import read_json, write_json
+from hsmn_dist.foundation.redact import redact_value
 
 
 class FailureKind(enum.Enum):
@@ -155,11 +156,11 @@ def reserve_failure(path: Path) -> None:
 
 def write_failure(path: Path, record: FailureRecord) -> None:
     """Write a rank's record atomically; into the reserved space where the disk takes no new file."""
-    value = {**record.__dict__, "kind": record.kind.value}
+    value = redact_value({**record.__dict__, "kind": record.kind.value})
     try:
         write_json(path, value)
     except OSError:
-        short = {**value, "message": record.message[:2000], "found": record.found[:2000], "traceback": ""}
+        short = {**value, "message": value["message"][:2000], "found": value["found"][:2000], "traceback": ""}
         reserve = _reserve_of(path)
         with reserve.open("r+b") as stream:  # the spaces behind the text are JSON too
             stream.write(json.dumps(short).encode())

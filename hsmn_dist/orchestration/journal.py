@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hsmn_dist.foundation.errors import CheckpointError
+from hsmn_dist.foundation.redact import redact_value
 
 Event = dict[str, Any]
 
@@ -20,7 +21,7 @@ Event = dict[str, Any]
 def append_event(path: Path, event: str, **fields: Any) -> None:
     """Append one line and flush it to the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n"
+    line = json.dumps({"time": round(time.time(), 3), "event": event, **redact_value(fields)}) + "\n"
     with path.open("ab+") as stream:
         stream.seek(0, os.SEEK_END)
         if stream.tell():

@@ -12,6 +12,7 @@ from typing import TypeVar
 import ray
 
 from hsmn_dist.foundation.errors import HsmnError
+from hsmn_dist.orchestration.private_ray import PrivateRay
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -25,13 +26,7 @@ class RayExecutor:
             if address:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
             else:
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.WARNING,
-                    _node_ip_address="127.0.0.1",
-                )
+                PrivateRay().start()
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Results as they are done; the first error is raised as itself and cancels the rest."""

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from hsmn_dist.config.cluster import ClusterConfig
 from hsmn_dist.foundation.errors import ConfigError
 from hsmn_dist.foundation.log import logger
+from hsmn_dist.foundation.redact import redact
 from hsmn_dist.orchestration.launcher import clear_failures, raise_for_records, rank_environment
+from hsmn_dist.orchestration.private_ray import PrivateRay
 from hsmn_dist.orchestration.stage import StageSpec
 
 log = logger(__name__)
@@ -37,6 +40,7 @@ class RayLauncher:
     def __init__(self, cluster: ClusterConfig) -> None:
         self._cluster = cluster
         self._started_ray = False
+        self._private = PrivateRay()
 
     def launch(self, specs: Sequence[StageSpec]) -> None:
         """Start the worker group for all stages and wait."""
@@ -66,7 +70,10 @@ class RayLauncher:
     def stop(self) -> None:
         """Leave the cluster; a local one ends."""
         if self._started_ray and ray.is_initialized():
-            ray.shutdown()
+            if self._cluster.ray_address:
+                ray.shutdown()
+            else:
+                self._private.stop()
             self._started_ray = False
 
     def _connect(self) -> None:
@@ -77,22 +84,13 @@ class RayLauncher:
         environment = rank_environment(cluster)
         names = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "PYTHONPATH", "PYTHONUNBUFFERED")
         variables = {name: environment[name] for name in names if name in environment}
-        arguments: dict[str, Any] = {
-            "runtime_env": {"env_vars": variables},
-            "log_to_driver": False,
-            "logging_level": logging.WARNING,
-        }
+        runtime_env = {"env_vars": variables}
         with _keeping_signal_handlers():
             if cluster.ray_address:
-                ray.init(address=cluster.ray_address, **arguments)
+                quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+                ray.init(address=cluster.ray_address, runtime_env=runtime_env, **quiet)
             else:
-                ray.init(
-                    address="local",
-                    num_cpus=_local_cores(cluster),
-                    include_dashboard=False,
-                    _node_ip_address="127.0.0.1",
-                    **arguments,
-                )
+                self._private.start(num_cpus=_local_cores(cluster), runtime_env=runtime_env)
         self._started_ray = True
 
     def _check_resources(self) -> None:
@@ -159,4 +157,11 @@ def _run_on_worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker executes: the stages, from the run folder."""
     from hsmn_dist.orchestration.stage_runner import run_stages
 
-    run_stages([StageSpec.from_json(text) for text in config["specs"]])
+    try:
+        run_stages([StageSpec.from_json(text) for text in config["specs"]])
+    except Exception as error:
+        # Ray copies the error into its logs and to the driver; the failure record has the kind and the traceback.
+        text = "".join(traceback.format_exception(error))
+        if redact(text) == text:
+            raise
+        raise RuntimeError(redact(str(error))) from None

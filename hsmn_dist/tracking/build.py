@@ -10,6 +10,7 @@ from hsmn_dist.config.tracking import TrackingConfig
 from hsmn_dist.foundation.errors import ConfigError, HsmnError
 from hsmn_dist.foundation.files import read_json, write_json
 from hsmn_dist.foundation.log import logger, warn_once
+from hsmn_dist.foundation.redact import redact_value
 from hsmn_dist.tracking.jsonl_tracker import EVENTS_NAME, METRICS_NAME, JsonlTracker
 from hsmn_dist.tracking.tracker import CompositeTracker, NullTracker, Tracker
 
@@ -60,10 +61,10 @@ def build_tracker(config: TrackingConfig, run: TrackedRun, rank: int = 0) -> Tra
     if rank != 0:
         return NullTracker()
     uri = config.uri or default_uri(run.run_root)
-    tags = {**config.tags, **run.tags}
+    tags = redact_value({**config.tags, **run.tags})
     record = {"run_id": run.run_id, "uri": uri, "experiment": config.experiment, "tags": tags}
     if config.backend == "mlflow" and not run.stage:
-        write_json(run.run_folder / RECORD_NAME, record)
+        write_json(run.run_folder / RECORD_NAME, redact_value(record))
     files = JsonlTracker(run.folder, run.stage, run.first_step)
     if config.backend == "none":
         # Within a composite a full disk is a warning, as it is beside MLflow.

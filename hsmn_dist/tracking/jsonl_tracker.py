@@ -23,6 +23,7 @@ from typing import Any
 from hsmn_dist.foundation.errors import DataError
 from hsmn_dist.foundation.files import write_text
 from hsmn_dist.foundation.log import logger, warn_once
+from hsmn_dist.foundation.redact import redact_value
 from hsmn_dist.tracking.tracker import FinishStatus
 
 METRICS_NAME = "metrics.jsonl"
@@ -171,7 +172,9 @@ class JsonlTracker:
 
     def _event(self, kind: str, **fields: Any) -> None:
         if not self._is_finished:
-            self._events.append({"time": round(self._clock(), 3), "stage": self.stage, "kind": kind, **fields})
+            # Here, where every tracker's parameters and tags pass, secrets are hidden.
+            kept = redact_value(fields)
+            self._events.append({"time": round(self._clock(), 3), "stage": self.stage, "kind": kind, **kept})
 
 
 class _LineFile:
