@@ -108,12 +108,13 @@ base=$((20000 + SLURM_JOB_ID % 400 * 100))
 export RAY_TMPDIR="/tmp/r$SLURM_JOB_ID"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$SLURM_SUBMIT_DIR/.ray_token_$SLURM_JOB_ID"
 (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \\n' > "$RAY_AUTH_TOKEN_PATH")
-if [ -f cluster/nccl.env ]; then
+for file in cluster/nccl.env cluster/ray.env; do # the network, and how soon a lost node is declared dead
+  if [ ! -f "$file" ]; then continue; fi
   set -a
   # shellcheck source=/dev/null
-  . cluster/nccl.env
+  . "$file"
   set +a
-fi
+done
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head_ip=${RAY_HEAD_IP:-$(srun --overlap --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" hostname -I | awk '{print $1}')}

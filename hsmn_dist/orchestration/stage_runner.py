@@ -84,7 +84,12 @@ def _record(error: Exception, folder: RunFolder, rank: int, attempt: str) -> Fai
     parts = (error.found, error.allowed, error.action) if isinstance(error, HsmnError) else (str(error), "", "")
     text = "".join(traceback.format_exception(error))
     message = parts[0] or repr(error)
-    write_failure(folder.failure(rank), FailureRecord(kind, rank, platform.node(), message, text, attempt, *parts))
+    path = folder.failure(rank)
+    if kind is FailureKind.FENCED:
+        # The record of a rank belongs to the group that goes on; this one is said beside it.
+        path = path.with_name(f"fenced_{rank:05d}_{platform.node()}.json")
+        log.error("%s", message)
+    write_failure(path, FailureRecord(kind, rank, platform.node(), message, text, attempt, *parts))
     return kind
 
 

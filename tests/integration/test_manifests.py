@@ -185,8 +185,23 @@ def test_jobs_are_short_and_described() -> None:
         assert path.name in table
 
 
-def test_every_network_variable_has_its_reason() -> None:
-    lines = (CLUSTER / "nccl.env").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("name", ["nccl.env", "ray.env"])
+def test_every_variable_has_its_reason(name: str) -> None:
+    lines = (CLUSTER / name).read_text(encoding="utf-8").splitlines()
     for index, line in enumerate(lines):
         if "=" in line and not line.startswith("# ") and line:
             assert lines[index - 1].startswith("# ") or "=" in lines[index - 1], line
+
+
+def test_every_head_is_started_with_the_shipped_health_checks() -> None:
+    lines = (CLUSTER / "ray.env").read_text(encoding="utf-8").splitlines()
+    health = dict(line.split("=") for line in lines if line.startswith("RAY_health_check_"))
+    assert len(health) == 4
+    containers = base("raycluster")["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    given = {entry["name"]: entry.get("value") for entry in containers[0]["env"]}
+    assert health.items() <= given.items()
+    for path in AUTOSCALERS:
+        command = next(line for line in documents(path)[0]["head_start_ray_commands"] if "--head" in line)
+        assert all(f"{name}={value} " in command for name, value in health.items())
+    for path in (CLUSTER / "slurm").glob("*.sbatch"):
+        assert "cluster/ray.env" in path.read_text(encoding="utf-8")
