@@ -11,9 +11,11 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "models_hsmn.md"
 
 
 def test_the_example_learns_recall_and_streams_its_context():
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    codes = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     names: dict = {}
-    exec(compile(code, str(PAGE), "exec"), names)
+    for code in codes:
+        exec(compile(code, str(PAGE), "exec"), names)
+    assert len(codes) == 2 and len(names["table"]) == 7 and all(names["table"].values())
     assert names["share_right"] >= 0.95
     test, model = names["test"], names["model"]
     with torch.no_grad():

@@ -14,3 +14,4 @@ def test_every_python_block_of_the_page_runs(capsys):
         exec(compile(block, str(PAGE), "exec"), scope)
     assert float(scope["losses"][-1]) < float(scope["losses"][0])
     assert scope["written"].shape == (1, 24)
+    assert scope["same"] is True
