@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hsmn_dist.evaluation.figures import draw_forgetting, draw_matrix, new_figure, save_figure
+from hsmn_dist.evaluation.markdown import markdown_table
 from hsmn_dist.evaluation.scorecard import Scorecard
 from hsmn_dist.foundation.errors import DataError
 from hsmn_dist.foundation.files import write_json, write_text
@@ -51,8 +52,8 @@ def compare_scorecards(cards: Sequence[Scorecard], labels: Sequence[str]) -> lis
             "estimator": card.run.get("estimator"),
             "strength": card.run.get("strength"),
             "num_stages": len(card.stages),
-            "scores": _picked(card.transfer_scores, 1.0),
-            "losses": _picked(card.transfer_losses, -1.0),
+            "scores": score_columns(card),
+            "losses": loss_columns(card),
         }
         for card, label in zip(cards, labels, strict=True)
     ]
@@ -76,13 +77,9 @@ def comparison_markdown(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) ->
         ("scores", "Scores, percent (higher is better; forgetting lower)", 100.0, 1),
         ("losses", "Losses, nats per target token (lower is better)", 1.0, 3),
     ):
-        lines += [f"## {title}", "", "| run | " + " | ".join(name for _, name in COLUMNS) + " |"]
-        lines.append("| --- |" + " ---: |" * len(COLUMNS))
-        lines += [
-            f"| {row['label']} | " + " | ".join(_cell(row[key], column, factor, digits) for column, _ in COLUMNS) + " |"
-            for row in rows
-        ]
-        lines.append("")
+        head = ["run", *(name for _, name in COLUMNS)]
+        table = [[row["label"], *(_cell(row[key], column, factor, digits) for column, _ in COLUMNS)] for row in rows]
+        lines += [f"## {title}", "", markdown_table(head, table, num_left=1), ""]
     return "\n".join(lines)
 
 
@@ -99,6 +96,16 @@ def comparison_figure(cards: Sequence[Scorecard], labels: Sequence[str], path: P
     for axis in axes[1]:
         axis.set_ylim(low, high)
     return save_figure(figure, path)
+
+
+def score_columns(card: Scorecard) -> dict[str, Any] | None:
+    """The columns of `COLUMNS` measured in scores, with their intervals; None where nothing was scored."""
+    return _picked(card.transfer_scores, 1.0)
+
+
+def loss_columns(card: Scorecard) -> dict[str, Any] | None:
+    """The columns of `COLUMNS` measured in losses: levels are positive nats, differences keep their meaning."""
+    return _picked(card.transfer_losses, -1.0)
 
 
 def _picked(metrics: dict[str, Any] | None, sign: float) -> dict[str, Any] | None:

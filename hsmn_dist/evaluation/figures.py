@@ -194,24 +194,23 @@ def recall_figure(result: RecallResult, path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def study_figure(variants: Mapping[str, tuple[Sequence[float], Sequence[float] | None]], path: Path) -> Path:
-    """Methods side by side: end loss and forgetting; the bar is the mean over seeds, each dot a seed.
+def study_figure(panels: Mapping[str, Mapping[str, Sequence[float] | None]], path: Path) -> Path:
+    """Methods side by side: the bar is the mean over seeds, each dot a seed; no bar where a method has no such number.
 
     Args:
-        variants: method -> (end losses by seed, forgetting by seed or None), in nats per target token.
+        panels: title -> method -> one number for each seed.
         path: where the PNG goes.
     """
-    figure = new_figure(11.0, 0.4 * len(variants) + 2.0)
-    titles = ("loss of all tasks at the end (nats)", "forgetting (nats)")
-    for place, title in enumerate(titles):
-        axes = figure.add_subplot(1, 2, place + 1)
-        for row, numbers in enumerate(variants.values()):
-            values = numbers[place]
+    num_rows = max(map(len, panels.values()))
+    figure = new_figure(4.6 * len(panels), 0.4 * num_rows + 1.4)
+    for place, (title, methods) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, len(panels), place)
+        for row, values in enumerate(methods.values()):
             if values:
                 axes.barh(row, sum(values) / len(values), color=f"C{row}", alpha=0.5)
                 axes.plot(values, [row] * len(values), "o", color=f"C{row}", markersize=4)
-        axes.set_yticks(range(len(variants)), list(variants), fontsize=8)
-        axes.invert_yaxis()
-        axes.set_title(title, fontsize=10)
+        axes.set_yticks(range(len(methods)), list(methods) if place == 1 else [], fontsize=8)
+        axes.set_ylim(len(methods) - 0.5, -0.5)
+        axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3, axis="x")
     return save_figure(figure, path)

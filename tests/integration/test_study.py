@@ -38,7 +38,8 @@ TINY = {
 def test_every_shipped_study_run_passes_validation(tmp_path: Path) -> None:
     study = load_study(SHIPPED)
     runs = study_runs(SHIPPED, study, tmp_path)
-    assert len(runs) == 7 * 3
+    assert len(runs) == 9 * 3
+    assert {run.config.continual.fisher.estimator for run in runs} >= {"empirical", "sampled", "logit_reversal"}
     assert {run.config.continual.method for run in runs} == {"none", "l2", "replay", "ewc", "ewc+replay", "joint"}
     assert len({run.config.name for run in runs}) == len(runs)
 
