@@ -4,4 +4,4 @@ set -euo pipefail
 address=${1:-http://127.0.0.1:8265}
 shift || true
 cd "$(dirname "$0")"
-exec ray job submit --address "$address" --working-dir . -- python smoke.py "$@"
+exec ray job submit --address "$address" --working-dir . -- "${PYTHON:-python}" smoke.py "$@"

@@ -4,6 +4,5 @@ set -euo pipefail
 run=${1:?usage: jobs/evaluate.sh RUN RUN_ROOT}
 root=${2:?usage: jobs/evaluate.sh RUN RUN_ROOT}
 cd "$(dirname "$0")/.."
-exec ray job submit --address "${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}" --entrypoint-num-cpus "${CPUS:-1}" \
-  ${GPUS:+--entrypoint-num-gpus "$GPUS"} --runtime-env jobs/runtime_env.yaml --working-dir . -- \
-  python -m hsmn_dist evaluate "$run" --run-root "$root"
+exec jobs/ray_submit.sh --entrypoint-num-cpus "${CPUS:-1}" ${GPUS:+--entrypoint-num-gpus "$GPUS"} -- \
+  "${PYTHON:-python}" -m hsmn_dist evaluate "$run" --run-root "$root"

@@ -7,8 +7,6 @@ root=${2:?usage: jobs/study.sh CONFIG RUN_ROOT SEED...}
 shift 2
 cd "$(dirname "$0")/.."
 for seed in "$@"; do
-  ray job submit --address "${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}" \
-    --runtime-env jobs/runtime_env.yaml --working-dir . -- \
-    python -m hsmn_dist ensure "$config" --name "$(basename "$config" .yaml)-seed$seed" --set "seed=$seed" \
-    --set "run_root=$root" --set cluster.ray_address=auto --set cluster.launcher=ray
+  jobs/ray_submit.sh -- "${PYTHON:-python}" -m hsmn_dist ensure "$config" --name "$(basename "$config" .yaml)-seed$seed" \
+    --set "seed=$seed" --set "run_root=$root" --set cluster.ray_address=auto --set cluster.launcher=ray
 done

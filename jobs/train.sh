@@ -5,7 +5,5 @@ config=${1:?usage: jobs/train.sh CONFIG RUN_ROOT [NAME]}
 root=${2:?usage: jobs/train.sh CONFIG RUN_ROOT [NAME]}
 name=${3:-$(basename "$config" .yaml)}
 cd "$(dirname "$0")/.."
-exec ray job submit --address "${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}" \
-  --runtime-env jobs/runtime_env.yaml --working-dir . -- \
-  python -m hsmn_dist ensure "$config" --name "$name" --set "run_root=$root" \
+exec jobs/ray_submit.sh -- "${PYTHON:-python}" -m hsmn_dist ensure "$config" --name "$name" --set "run_root=$root" \
   --set cluster.ray_address=auto --set cluster.launcher=ray

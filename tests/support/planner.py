@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from hsmn_dist.config.models import HopeConfig, HsmnConfig, HsmnHopeConfig, ModelConfig
+from hsmn_dist.config.models import (
+    CmsConfig,
+    HopeConfig,
+    HsmnConfig,
+    HsmnHopeConfig,
+    MemoryLevelConfig,
+    ModelConfig,
+    SelfModifyingConfig,
+)
 from hsmn_dist.models.contract import ModelInput
 
 _HSMN = {
@@ -23,6 +31,10 @@ _HSMN = {
 }
 _HOPE = {"vocab_size": 701, "d_model": 48, "num_layers": 3, "num_heads": 4, "d_feed_forward": 112}
 
+CHAIN = CmsConfig(
+    form="chain", levels=(MemoryLevelConfig(period=32, hidden_units=40), MemoryLevelConfig(period=64, hidden_units=24))
+)
+
 MODELS: dict[str, ModelConfig] = {
     "hsmn": HsmnConfig(**_HSMN, encoder_dropout=0.0, decoder_dropout=0.0),
     "hsmn_dropout": HsmnConfig(**_HSMN),
@@ -33,6 +45,24 @@ MODELS: dict[str, ModelConfig] = {
     "hope_one_chunk": HopeConfig(**_HOPE, num_memory_modules=3, chunk_tokens=512),
     "hope_no_cms": HopeConfig(**_HOPE, uses_cms=False),
     "hope_no_mlp": HopeConfig(**_HOPE, uses_mlp=False, chunk_tokens=8),
+    "hope_linear": HopeConfig(**_HOPE, mixer="linear", num_memory_modules=3, chunk_tokens=16),
+    "hope_linear_alone": HopeConfig(**_HOPE, mixer="linear", uses_cms=False, chunk_tokens=8, positions="none"),
+    "hope_self_modifying": HopeConfig(
+        **_HOPE,
+        mixer="self_modifying",
+        uses_cms=False,
+        self_modifying=SelfModifyingConfig(hidden_units=16, chunk_tokens=64, memory_chunk_tokens=32),
+    ),
+    "hope_matrix": HopeConfig(
+        **_HOPE,
+        mixer="self_modifying",
+        num_memory_modules=2,
+        self_modifying=SelfModifyingConfig(memory="matrix", chunk_tokens=64, memory_chunk_tokens=64),
+    ),
+    "hope_chain": HopeConfig(**_HOPE, cms=CHAIN),
+    "hope_by_depth": HopeConfig(**_HOPE, cms=CHAIN.model_copy(update={"spread": "by_depth"})),
+    "hope_optimizer_chain": HopeConfig(**_HOPE, cms=CHAIN.model_copy(update={"cadence": "optimizer"})),
+    "hybrid_chain": HsmnHopeConfig(**_HSMN, cms=CHAIN, encoder_dropout=0.0, decoder_dropout=0.0),
     "hope_learned": HopeConfig(**_HOPE, positions="learned", ties_embeddings=True, max_tokens=256, chunk_tokens=16),
 }
 

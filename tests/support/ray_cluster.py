@@ -50,6 +50,8 @@ def token_cluster(num_cpus: int = 2, timeout: float = 240.0) -> Iterator[TokenCl
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         "RAY_DISABLE_IMPORT_WARNING": "1",
+        # As on a node whose environment is activated: a job's `python` is the one that has Ray.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
     command += ["--port", str(gcs), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from hsmn_dist.config.load import load_run_config
 from hsmn_dist.orchestration.run_folder import RunFolder, list_runs
 from hsmn_dist.tracking.jsonl_tracker import read_series
 
@@ -65,6 +68,15 @@ def run_command(*words: str, folder: Path, timeout: float = 400) -> Finished:
 def settings(*assignments: str) -> list[str]:
     """`--set` words for the small curriculum and further assignments."""
     return [word for assignment in [*SMALL, *assignments] for word in ("--set", assignment)]
+
+
+def one_stage(folder: Path, *assignments: str) -> Path:
+    """The small demo's first stage as a configuration of its own, written into `folder`."""
+    data = load_run_config(DEMO["hsmn"], [*SMALL, "tracking.backend=none", *assignments]).model_dump(mode="json")
+    data["curriculum"]["stages"] = data["curriculum"]["stages"][:1]
+    path = folder / "one_stage.yaml"
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    return path
 
 
 def only_run(root: Path) -> RunFolder:
