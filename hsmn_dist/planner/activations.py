@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hsmn_dist.config.models import HopeConfig, HsmnConfig, HsmnHopeConfig, ModelConfig
-from hsmn_dist.planner.flops import Lengths, encoded_chunks, no_formula, num_chunks
+from hsmn_dist.planner.flops import Lengths, encoded_chunks, num_chunks
+from hsmn_dist.planner.traced_parts import chain_cost, mixer_cost
 
 FP32 = 4
 
@@ -108,10 +109,11 @@ def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations
     masks = 3 * d * storage.mask if config.decoder_dropout > 0 else 0
     decoder: float = target * (13 * d * size + masks + 2 * heads * FP32) + 2 * nodes * d * size
     decoder += _feed_forward(target, f, storage, is_gelu)
-    shared = 0.0
+    memories, shared = [0.0] * config.num_decoder_layers, 0.0
     if isinstance(config, HsmnHopeConfig):  # its reasoning blocks carry a memory of the target besides
         norm = storage.mask * d if config.decoder_dropout > 0 else 0
-        decoder += target * (2 * d * size + norm) + _continuum(config, target, size)
+        decoder += target * (2 * d * size + norm)
+        memories = [_continuum(config, index, target, size) for index in range(config.num_decoder_layers)]
         shared = _decay_table(config, target)
     encoder = [encoder_layer(rows)] * (config.num_encoder_layers - 1) + [encoder_layer(1)]
     inputs = [float(chunks * rows * d * size)] * config.num_encoder_layers
@@ -127,20 +129,22 @@ def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations
     outside = chunks * 2 * d * size + tree + nodes * d * size + 2 * target * d * size + embedded + dropout
     logits = logits_bytes(target, config.vocab_size, storage)
     working = max(group * rows, target) * (2 * f + 4 * d) * size
-    blocks = (*encoder, *([float(decoder)] * config.num_decoder_layers))
+    blocks = (*encoder, *(float(decoder) + memory for memory in memories))
     return Activations(blocks, tuple(inputs), float(outside), logits, float(working), shared)
 
 
 def _hope(config: HopeConfig, lengths: Lengths, storage: Storage) -> Activations:
     d, tokens, size = config.d_model, lengths.tokens, storage.element
     dropout = d * storage.mask if config.dropout > 0 else 0
-    if config.mixer != "attention":
-        raise no_formula("model.mixer", config.mixer, "attention")
-    rotated = 2 * d * size if config.positions == "rotary" else 0
-    tables = 2 * (d // config.num_heads) * size if config.positions == "rotary" and size < FP32 else 0
-    block: float = tokens * (d * storage.rms_norm + dropout + 5 * d * size + rotated + tables + config.num_heads * FP32)
+    block: float = tokens * (d * storage.rms_norm + dropout)
+    if config.mixer == "attention":
+        rotated = 2 * d * size if config.positions == "rotary" else 0
+        tables = 2 * (d // config.num_heads) * size if config.positions == "rotary" and size < FP32 else 0
+        block += tokens * (5 * d * size + rotated + tables + config.num_heads * FP32)
+    else:
+        block += mixer_cost(config, tokens, size).kept
     if config.uses_cms:
-        block += tokens * (d * storage.rms_norm + dropout) + _continuum(config, tokens, size)
+        block += tokens * (d * storage.rms_norm + dropout)
     if config.uses_mlp:
         block += tokens * (d * storage.rms_norm + dropout + 2 * config.d_feed_forward * size)
     inputs = float(tokens * d * size)
@@ -149,7 +153,8 @@ def _hope(config: HopeConfig, lengths: Lengths, storage: Storage) -> Activations
     working = tokens * (2 * config.d_feed_forward + 4 * d) * size
     layers = config.num_layers
     shared = _decay_table(config, tokens) if config.uses_cms else 0.0
-    blocks = (float(block),) * layers
+    memories = [_continuum(config, index, tokens, size) if config.uses_cms else 0.0 for index in range(layers)]
+    blocks = tuple(float(block) + memory for memory in memories)
     return Activations(blocks, (inputs,) * layers, float(outside), logits, float(working), shared)
 
 
@@ -158,10 +163,12 @@ def _decay_table(config: HopeConfig | HsmnHopeConfig, tokens: int) -> float:
     return float(config.num_memory_modules * chunk * chunk * FP32)
 
 
-def _continuum(config: HopeConfig | HsmnHopeConfig, tokens: int, size: int) -> float:
-    """Decay-form CMS: projections, the chunk's mixing tables, writes, and the carried memories of every chunk."""
+def _continuum(config: HopeConfig | HsmnHopeConfig, index: int, tokens: int, size: int) -> float:
+    """CMS of block `index`; decay form: projections, the chunk's mixing tables, writes, and the carried memories of every chunk."""
     if config.cms.form != "decay":
-        raise no_formula("model.cms.form", config.cms.form, "decay")
+        return 0.0
+    if config.cms.form != "decay":
+        return chain_cost(config, index, tokens, size).kept
     d, heads, modules = config.d_model, config.num_heads, config.num_memory_modules
     chunk, width = min(config.chunk_tokens, tokens), d // heads
     chunks = -(-tokens // chunk)

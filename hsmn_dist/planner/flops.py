@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from hsmn_dist.config.models import HopeConfig, HsmnConfig, HsmnHopeConfig, ModelConfig
-from hsmn_dist.foundation.errors import PlanError
 from hsmn_dist.models.hope.continuum_memory import retentions
 from hsmn_dist.models.hope.decayed_reads import reaches
+from hsmn_dist.planner.traced_parts import chain_cost, mixer_cost
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,7 @@ def encoded_chunks(config: HsmnConfig, context_tokens: int) -> int:
 
 
 def forward_flops(config: ModelConfig, lengths: Lengths) -> ForwardFlops:
-    """FLOPs of one example's forward pass.
-
-    Raises:
-        PlanError: a variant that the planner has no formula for.
-    """
+    """FLOPs of one example's forward pass."""
     if isinstance(config, HsmnConfig):
         return _hsmn(config, lengths)
     assert isinstance(config, HopeConfig)
@@ -95,8 +91,12 @@ def _hsmn(config: HsmnConfig, lengths: Lengths) -> ForwardFlops:
     self_attention = 8 * target * d * d + 4 * target * target * d
     cross_attention = 4 * target * d * d + 4 * nodes * d * d + 4 * target * nodes * d
     # A hybrid is an HSMN, and its reasoning blocks pay for their memory of the target besides.
-    cms = _continuum(config, target) if isinstance(config, HsmnHopeConfig) else 0.0
-    decoder = [float(self_attention + cross_attention + 4 * target * d * f + cms)] * config.num_decoder_layers
+    is_hybrid = isinstance(config, HsmnHopeConfig)
+    decoder = [
+        float(self_attention + cross_attention + 4 * target * d * f)
+        + (_continuum(config, index, target) if is_hybrid else 0.0)  # type: ignore[arg-type]
+        for index in range(config.num_decoder_layers)
+    ]
     rank, inner = config.aggregator_rank, config.d_aggregator
     pair = 2 * (2 * k * rank + rank * inner + inner * rank + rank * k)
     codes = 2 * 2 * 16 * d * nodes if config.uses_level_embedding else 0
@@ -114,20 +114,20 @@ def _hope(config: HopeConfig, lengths: Lengths) -> ForwardFlops:
     elif config.mixer == "linear":
         block += 8 * tokens * d * d + _decayed_reads(config, tokens, (2**31,))  # the normaliser is a running sum
     else:
-        raise no_formula("model.mixer", config.mixer, "attention, linear")
-    if config.uses_cms:
-        block += _continuum(config, tokens)
+        block += mixer_cost(config, tokens, 4).flops
     if config.uses_mlp:
         block += 4 * tokens * d * config.d_feed_forward
     last_map = 2.0 * tokens * d * (config.d_feed_forward if config.uses_mlp else d)
     layers = config.num_layers
-    return ForwardFlops((block,) * layers, (last_map,) * layers, 2.0 * lengths.target_tokens * d * config.vocab_size)
+    blocks = [block + (_continuum(config, index, tokens) if config.uses_cms else 0.0) for index in range(layers)]
+    head = 2.0 * lengths.target_tokens * d * config.vocab_size
+    return ForwardFlops(tuple(blocks), (last_map,) * layers, head)
 
 
-def _continuum(config: HopeConfig | HsmnHopeConfig, tokens: int) -> float:
-    """A decay-form CMS over a row of tokens."""
+def _continuum(config: HopeConfig | HsmnHopeConfig, index: int, tokens: int) -> float:
+    """The CMS of block `index` over a row of tokens."""
     if config.cms.form != "decay":
-        raise no_formula("model.cms.form", config.cms.form, "decay")
+        return chain_cost(config, index, tokens, 4).flops
     d, modules, cms = config.d_model, config.num_memory_modules, config.cms
     taus = tuple(retentions(modules, cms.fastest_retention, cms.slowest_retention))
     maps = 8 * tokens * d * d + 2 * tokens * d * config.num_heads * modules
@@ -153,12 +153,3 @@ def _decayed_reads(config: HopeConfig | HsmnHopeConfig, tokens: int, found_reach
     memory = (modules - len(fast)) * width * width
     written = chunks if chunks >= 8 else chunks - 1
     return float(heads * (mix + inner + seen + 2 * written * size * memory + 2 * padded * memory))
-
-
-def no_formula(path: str, value: str, known: str) -> PlanError:
-    """The error for a variant whose cost nobody has written down."""
-    return PlanError(
-        f"{path} = {value!r}: the planner has no formula for its FLOPs and activations",
-        allowed=f"{path} {known}",
-        action="time a few steps of this variant on one GPU instead (`hsmn-dist run --set training.max_steps=20`)",
-    )

@@ -51,31 +51,49 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """Bytes that are held at one moment of a step, beside weights, optimizer and EWC."""
+
+    gradients: float = 0.0
+    activations: float = 0.0
+    logits: float = 0.0
+    buffers: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.gradients + self.activations + self.logits + self.buffers
+
+
+@dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank's device; `host` is what offload puts into the machine's memory for each rank."""
+    """Bytes on one rank's device.
+
+    Attributes:
+        weights, optimizer, ewc: held all the time.
+        moments: the fullest moment inside the backward pass, the reduction at its end, and the optimizer step.
+        host: what offload puts into the machine's memory for each rank.
+    """
 
     weights: float
-    gradients: float
     optimizer: float
     ewc: float
-    activations: float
-    logits: float
-    buffers: float
-    step_buffers: float
+    moments: tuple[Moment, ...]
     host: float
 
     @property
     def kinds(self) -> dict[str, float]:
-        """Bytes by kind at the fuller of two moments: the last backward pass, or the optimizer step."""
-        always = {
+        """Bytes by kind at the fullest moment."""
+        fullest = max(self.moments, key=lambda moment: moment.total)
+        return {
             "weights": self.weights,
-            "gradients": self.gradients,
+            "gradients": fullest.gradients,
             "optimizer": self.optimizer,
             "ewc": self.ewc,
+            "activations": fullest.activations,
+            "logits": fullest.logits,
+            "buffers": fullest.buffers,
         }
-        if self.activations + self.logits + self.buffers >= self.step_buffers:
-            return {**always, "activations": self.activations, "logits": self.logits, "buffers": self.buffers}
-        return {**always, "activations": 0.0, "logits": 0.0, "buffers": self.step_buffers}
 
     @property
     def total(self) -> float:
@@ -92,13 +110,22 @@ class Memory:
 def memory_per_rank(config: RunConfig, parameters: ParameterCount, layout: Layout, lengths: Lengths) -> Memory:
     """Bytes of one rank while a stage behind the first one trains (EWC buffers included where the method has them)."""
     weights, gradients, optimizer, host = _state(parameters, layout)
-    ewc = _ewc(config, parameters, layout)
     kept = activations(config.model, lengths, Storage(layout.element, layout.is_gpu))
     examples = layout.micro_batch_examples
     peak = kept.peak(layout.activation_checkpointing, examples)
     logits = min(kept.logits * examples, peak)
-    buffers, step_buffers = _buffers(parameters, layout)
-    return Memory(weights, gradients, optimizer, ewc, peak - logits, logits, buffers, step_buffers, host)
+    backward, reduction, step = _buffers(parameters, layout)
+    partition = min(gradients, FP32 * float(_share(parameters, layout)))
+    moments = (
+        Moment(gradients, peak - logits, logits, backward),
+        Moment(gradients, buffers=reduction),
+        Moment(partition if layout.zero_stage == 1 and layout.is_deepspeed else gradients, buffers=step),
+    )
+    return Memory(weights, optimizer, _ewc(config, parameters, layout), moments, host)
+
+
+def _share(parameters: ParameterCount, layout: Layout) -> int:
+    return -(-parameters.total // layout.world_size)
 
 
 def _state(parameters: ParameterCount, layout: Layout) -> tuple[float, float, float, float]:
@@ -135,19 +162,25 @@ def _ewc(config: RunConfig, parameters: ParameterCount, layout: Layout) -> float
     return 2.0 * FP32 * parameters.total * copies / layout.world_size
 
 
-def _buffers(parameters: ParameterCount, layout: Layout) -> tuple[float, float]:
-    """Short-lived bytes of the reduction in the backward pass, and of the optimizer step."""
-    total, element = parameters.total, layout.element
+def _buffers(parameters: ParameterCount, layout: Layout) -> tuple[float, float, float]:
+    """Short-lived bytes inside the backward pass, at the reduction at its end, and in the optimizer step.
+
+    Read off the resident memory of real runs (docs/planner.md). DeepSpeed's optimizer steps on one flat tensor, so that Adam's
+    temporaries are as large as this rank's partition, beside the flat copy of its gradients.
+    """
+    total, element, share = parameters.total, layout.element, _share(parameters, layout)
+    temporaries = 1 if layout.is_gpu else 2  # sqrt, and its quotient, which is taken in place where kernels are fused
+    largest = FP32 * float(max(parameters.sizes, default=0))
+    masters = FP32 * float(total) if element < FP32 else 0.0
     if not layout.is_deepspeed:
-        return 0.0, FP32 * float(total)
-    touched = min(total, BUCKET_ELEMENTS)
-    bucket = BUCKET_ELEMENTS if layout.is_gpu else touched
-    share = -(-total // layout.world_size)
+        return 0.0, 0.0, masters + temporaries * largest
+    touched = element * float(min(total, BUCKET_ELEMENTS))
     if layout.zero_stage == 0:
-        return float(element * touched), FP32 * float(total)
+        return 0.0, touched, temporaries * largest
+    step = FP32 * float((1 + temporaries) * share)
+    bucket = element * float(BUCKET_ELEMENTS) if layout.is_gpu else touched
     if layout.zero_stage == 1:
-        return float(element * bucket), float((1 + 1) * FP32 * share)
-    if layout.zero_stage == 2:
-        copies = 2 if layout.is_gpu else 1  # two buckets where communication overlaps
-        return float(element * bucket * copies), float((1 + 1) * FP32 * share)
-    return float(element * (bucket + touched)), float(FP32 * share)
+        return (bucket if layout.is_gpu else 0.0), bucket, step
+    copies = 2 if layout.is_gpu and layout.zero_stage == 2 else 1  # two buckets where communication overlaps
+    scattered = element * float(share) if layout.zero_stage == 3 and layout.world_size > 1 else 0.0
+    return bucket * copies, bucket * copies + touched + scattered, step

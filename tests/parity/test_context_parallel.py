@@ -223,6 +223,7 @@ def _refusals(world: World) -> list[str]:
     with undivided(model):
         found.append(str(model.leaf_exchange))
     found.append(str(model.leaf_exchange is exchange and isinstance(exchange, ChunkExchange)))
+    dist.barrier()  # rank 0 holds the store that the making of a group needs
     return found
 
 

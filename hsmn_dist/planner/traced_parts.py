@@ -1,0 +1,99 @@
+"""FLOPs and kept bytes of HOPE's parts that have no formula, read off the part's own code on tensors without storage.
+
+Unusual: nothing is computed and nothing estimated. The part (a mixer or a continuum memory) is built and run once under torch's
+fake tensors; torch's FLOP counter sees every product and a saved-tensors hook every storage that autograd keeps. Memories work
+through a row in steps of equal cost, so rows of many steps are extended from two short ones (exact: tests compare with a long row).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from hsmn_dist.config.models import HopeConfig, HsmnHopeConfig
+from hsmn_dist.models.hope.build_parts import build_block, build_cms
+from hsmn_dist.models.hope.mixers import SequenceInfo
+from hsmn_dist.models.layers.rotary import rotary_table
+
+LONG_FORM = 8
+"""Steps from which linear memories write in their form for long rows (`decayed_reads._carry`)."""
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """Of one row's forward pass.
+
+    Attributes:
+        flops: as torch's counter has them.
+        kept: bytes for the backward pass, the part's input and parameters left out.
+    """
+
+    flops: float
+    kept: float
+
+
+def mixer_cost(config: HopeConfig, tokens: int, element: int) -> PartCost:
+    """Cost of a block's mixer on a row of `tokens`, at `element` bytes a weight."""
+    settings = config.self_modifying
+    step = config.chunk_tokens if config.mixer == "linear" else max(settings.chunk_tokens, settings.memory_chunk_tokens)
+    return _cost(config, None, tokens, element, step, LONG_FORM + 1 if config.mixer == "linear" else 3)
+
+
+def chain_cost(config: HopeConfig | HsmnHopeConfig, index: int, tokens: int, element: int) -> PartCost:
+    """Cost of the chain-form memory of block `index`."""
+    if config.cms.spread == "every_block":
+        index = 0
+    return _cost(config, index, tokens, element, max([1, *(level.period for level in config.cms.levels)]), 3)
+
+
+def _cost(config: Any, cms_index: int | None, tokens: int, element: int, step: int, num_steps: int) -> PartCost:
+    """Traced whole, or extended from rows of `num_steps` steps, of one step more, and of the same last piece."""
+    if tokens < (num_steps + 2) * step:
+        return _traced(config, cms_index, tokens, element)
+    rest = tokens % step
+    few, more = (_traced(config, cms_index, count * step + rest, element) for count in (num_steps, num_steps + 1))
+    further = tokens // step - num_steps - 1
+    return PartCost(more.flops + further * (more.flops - few.flops), more.kept + further * (more.kept - few.kept))
+
+
+@lru_cache(maxsize=256)
+def _traced(config: Any, cms_index: int | None, tokens: int, element: int) -> PartCost:
+    dtype = torch.bfloat16 if element == 2 else torch.float32
+    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+        part = _built(config, cms_index, dtype)
+        x = torch.empty(1, tokens, config.d_model, dtype=dtype, requires_grad=True)
+        info = SequenceInfo()
+        if cms_index is None and config.positions == "rotary":
+            info.rotary = rotary_table(torch.arange(tokens), config.d_model // config.num_heads, config.rotary_base)
+        # Fake tensors have no addresses; their storages are objects, held here so that none is counted twice.
+        outside = {_identity(tensor) for tensor in [x, *part.parameters()]}
+        kept: dict[int, Any] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if _identity(tensor) not in outside:
+                kept[_identity(tensor)] = tensor.untyped_storage()
+            return tensor
+
+        keeping = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with keeping, FlopCounterMode(display=False) as counter:
+            part(x, None, info)
+        return PartCost(float(counter.get_total_flops()), float(sum(storage.nbytes() for storage in kept.values())))
+
+
+def _built(config: Any, cms_index: int | None, dtype: torch.dtype) -> nn.Module:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # fake parameters cannot be converted once they are there
+    try:
+        return build_block(config, 0).mixer if cms_index is None else build_cms(config, cms_index)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _identity(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
