@@ -40,7 +40,9 @@ export MLFLOW_AUTH_CONFIG_PATH=$ini
 if [ ! -s "$home/secret" ]; then od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > "$home/secret"; fi
 MLFLOW_FLASK_SERVER_SECRET_KEY=$(cat "$home/secret")
 export MLFLOW_FLASK_SERVER_SECRET_KEY
+# By the environment, not as an argument: a command line is visible to every user of the machine.
+export MLFLOW_BACKEND_STORE_URI=$backend
 
 exec mlflow server --app-name basic-auth --host "${MLFLOW_HOST:-127.0.0.1}" --port "${MLFLOW_PORT:-5000}" \
   --workers "${MLFLOW_WORKERS:-2}" --allowed-hosts "${MLFLOW_ALLOWED_HOSTS:-localhost,127.0.0.1,localhost:${MLFLOW_PORT:-5000},127.0.0.1:${MLFLOW_PORT:-5000}}" \
-  --backend-store-uri "$backend" --serve-artifacts --artifacts-destination "${MLFLOW_ARTIFACTS:-$home/artifacts}"
+  --serve-artifacts --artifacts-destination "${MLFLOW_ARTIFACTS:-$home/artifacts}"

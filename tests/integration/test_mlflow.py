@@ -21,6 +21,7 @@ mlflow = pytest.importorskip("mlflow")
 from hsmn_dist.config.tracking import TrackingConfig  # noqa: E402
 from hsmn_dist.tracking.build import TrackedRun, build_tracker, sync_run  # noqa: E402
 from hsmn_dist.tracking.jsonl_tracker import JsonlTracker, read_metric_lines  # noqa: E402
+from tests.support.postgres import postgres_server  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +156,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def mlflow_server(folder: Path, port: int):
+def mlflow_server(folder: Path, port: int, backend: str):
     """A server of its own; killed with SIGKILL at the end, its workers too (own process group)."""
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "art")]
+    command += ["--backend-store-uri", backend, "--artifacts-destination", str(folder / "art")]
     # Its job runners would be four more processes that import MLflow.
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with (folder / "server.log").open("a") as log:
@@ -205,10 +206,20 @@ print(longest, time.perf_counter() - began, flush=True)
 """
 
 
-def test_a_server_killed_in_mid_run_costs_no_step_and_no_point(tmp_path):
+@pytest.fixture(params=["sqlite", "postgresql"])
+def backend(request, tmp_path):
+    """URI of the server's database; PostgreSQL's outlives the server, as SQLite's file does."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/server.db"
+        return
+    with postgres_server() as database:
+        yield database.uri
+
+
+def test_a_server_killed_in_mid_run_costs_no_step_and_no_point(tmp_path, backend):
     port = free_port()
     uri, run_folder = f"http://127.0.0.1:{port}", tmp_path / "runs" / "r1"
-    with mlflow_server(tmp_path, port) as server:
+    with mlflow_server(tmp_path, port, backend) as server:
         command = [sys.executable, "-c", TRAINING, str(tmp_path / "runs"), uri]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as training:
             assert training.stdout.readline() == "half\n"
@@ -220,7 +231,7 @@ def test_a_server_killed_in_mid_run_costs_no_step_and_no_point(tmp_path):
     # A call that waited for the network would take seconds (3 s to notice a dead server, minutes to give up on it).
     assert longest_call < 1.0
     assert finish_seconds < 5.0, "finish gives up after its time-out"
-    with mlflow_server(tmp_path, port):
+    with mlflow_server(tmp_path, port, backend):
         client = mlflow.MlflowClient(uri)
         missing = 500 - sum(count_points(client, "r1").values())
         assert missing >= 200, "the second part cannot have reached a dead server"

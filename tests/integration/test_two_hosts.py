@@ -71,6 +71,12 @@ def beat(run: RunFolder, rank: int = 0) -> dict[str, Any]:
     return value
 
 
+def trains_elsewhere(run: RunFolder, host: str) -> bool:
+    """Whether rank 0 trains on another host."""
+    now = beat(run)
+    return bool(now) and now["host"] != host and now["phase"] == "train"
+
+
 def wait_until(is_done: Callable[[], Any], seconds: float) -> float:
     """Seconds until it was true."""
     start = time.monotonic()
@@ -107,13 +113,13 @@ def test_a_run_goes_on_elsewhere_when_its_host_is_cut_off_and_the_old_attempt_ca
     try:
         wait_until(lambda: (tmp_path / "runs").is_dir() and list((tmp_path / "runs").glob("2*/heartbeats")), 120)
         run = only_run(tmp_path / "runs")
-        wait_until(lambda: beat(run).get("phase") == "train" and beat(run)["step"] >= 25, 240)
+        wait_until(lambda: beat(run).get("phase") == "train" and beat(run).get("step", 0) >= 25, 240)
         # The disk is shared by all namespaces; a host that is cut off has lost the storage as well, and waits for it.
         old = beat(run)
         host = hosts.index(old["host"])
         os.kill(old["pid"], signal.SIGSTOP)
         hosts.cut(host)
-        seconds = wait_until(lambda: beat(run)["host"] != old["host"] and beat(run)["phase"] == "train", 180)
+        seconds = wait_until(lambda: trains_elsewhere(run, old["host"]), 180)
         first = beat(run)["step"]
         print(
             f"cut at step {old['step']} on {old['host']}; training again on {beat(run)['host']} after {seconds:.1f} s"
