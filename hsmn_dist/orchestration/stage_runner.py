@@ -21,6 +21,7 @@ from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.errors import HsmnError
 from hsmn_dist.foundation.files import read_json, write_json, write_manifest
 from hsmn_dist.foundation.log import configure_logging, logger
+from hsmn_dist.foundation.process_memory import return_freed_blocks
 from hsmn_dist.models.build import build_model
 from hsmn_dist.models.contract import LanguageModel
 from hsmn_dist.orchestration.adjustments import adjusted
@@ -56,6 +57,7 @@ def run_stages(specs: Sequence[StageSpec]) -> None:
         return  # the group was started again after an error that will not go away
     config = adjusted(load_stored_config(folder), folder)
     torch.set_num_threads(config.cluster.threads_per_rank)
+    return_freed_blocks()
     world = World.from_environment(config.cluster.device, timeout_seconds=max(60.0, config.cluster.stall_seconds))
     configure_logging(world.rank)
     heart = Heart(folder.path / "heartbeats", world.rank).start()

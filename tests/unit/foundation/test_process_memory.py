@@ -1,0 +1,34 @@
+"""What the process does with freed memory, seen from the operating system."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from hsmn_dist.foundation.process_memory import return_freed_blocks
+
+# Blocks of 16 MiB, then every second one freed: a heap keeps the holes, single mappings give them back.
+PROGRAM = """
+import sys, torch
+from pathlib import Path
+from hsmn_dist.foundation.process_memory import return_freed_blocks
+if sys.argv[1] == "yes":
+    return_freed_blocks()
+warm = [torch.ones(4 * 2**20 * k // 4) for k in range(1, 32)]
+del warm
+blocks = [torch.ones(4 * 2**20) for _ in range(40)]
+blocks = blocks[1::2]
+status = Path("/proc/self/status").read_text()
+print(next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:")))
+"""
+
+
+@pytest.mark.skipif(not return_freed_blocks(), reason="the C library is not glibc")
+def test_freed_tensors_go_back_to_the_operating_system():
+    held = {
+        answer: int(subprocess.run([sys.executable, "-c", PROGRAM, answer], capture_output=True, text=True).stdout)
+        for answer in ("no", "yes")
+    }
+    assert held["no"] - held["yes"] > 200_000  # KiB of the 320 MiB that were freed
