@@ -55,6 +55,7 @@ class StageTraining:
         self._stage: StageConfig = self._stages[spec.index]
         self._folder: StageFolder = context.folder.stage(spec.index, spec.name)
         self._num_steps = self._stage.max_steps or self._config.training.max_steps
+        self._first_step = 0
         self._checkpointer = Checkpointer(
             self._folder.checkpoints,
             context.world,
@@ -68,7 +69,7 @@ class StageTraining:
         engine = self._build_engine()
         memory = self._earlier_tasks(engine)
         newest = self._checkpointer.newest()
-        first_step = int(newest.name.rsplit("_", 1)[1]) if newest is not None else 0
+        first_step = self._first_step = int(newest.name.rsplit("_", 1)[1]) if newest is not None else 0
         tracker = self._open_tracker(first_step)
         status: FinishStatus = "failed"
         try:
@@ -148,7 +149,7 @@ class StageTraining:
     def _train(self, engine: Engine, memory: EwcMemory, tracker: Tracker) -> TrainResult:
         config, heart = self._config, self._context.heart
         schedule, peak = config.optim.schedule, self._optim().optimizer.learning_rate
-        heart.beat(phase="train", step=0, num_steps=self._num_steps)
+        heart.beat(phase="train", step=self._first_step, num_steps=self._num_steps)
 
         def on_step(step: int, loss: float | None, rate: float | None) -> None:
             heart.beat(step=step, num_steps=self._num_steps, loss=loss, tokens_per_second=rate)

@@ -24,6 +24,7 @@ from typing import Any
 from hsmn_dist.foundation.files import read_json, write_json
 from hsmn_dist.orchestration.heartbeat import Beat, read_beats
 from hsmn_dist.orchestration.journal import read_events, run_status
+from hsmn_dist.orchestration.post_mortem import explain
 from hsmn_dist.orchestration.run_folder import RunFolder, list_runs
 from tests.support.chaos_checks import GLOBAL_BATCH, check_epochs, compare, examples_of, print_table, series
 from tests.support.chaos_plan import (
@@ -175,7 +176,8 @@ class Chaos:
                 raise
         new = sorted(set(self.fired()) - before)
         note = {"number": len(self.attempts) + 1, "launcher": launcher, "exit_code": code, "struck": new}
-        self.attempts.append({**note, "seconds": round(time.time() - started, 1)})
+        told = explain(list_runs(self.run_root)[-1]) if list_runs(self.run_root) else []
+        self.attempts.append({**note, "seconds": round(time.time() - started, 1), "runs_show": told})
         write_json(self.folder / "attempts.json", self.attempts)
         print(
             f"attempt {note['number']:2d} ({launcher}): exit {code}, struck {new}, {time.time() - started:.0f} s",
@@ -218,6 +220,11 @@ class Chaos:
             is_told = event["event"] == "run_failed" and event["kind"] == last.failure
             # On a full disk the journal may have no room; then the terminal alone was told.
             assert not last.failure or is_told or (last.action == "fill_disk" and "No space left" in tail), event
+            told = self.attempts[-1]["runs_show"]
+            assert told[-1].startswith("resume: hsmn-dist run --resume"), told
+            assert not is_told or any(
+                f"({last.failure})" in line for line in told if line.startswith("what failed:")
+            ), told
         if not any(fault.launcher == "ray" for fault in self.faults if fault.id in new):
             self._check_leftovers()
 
