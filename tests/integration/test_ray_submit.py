@@ -199,7 +199,13 @@ def test_jobs_and_submit_train_to_the_scorecard_and_a_second_submission_finds_it
 def test_a_stopped_submission_keeps_its_checkpoint_and_the_next_one_resumes_it(
     cluster: TokenCluster, tmp_path: Path
 ) -> None:
-    config = one_stage(tmp_path, "training.max_steps=150", "training.checkpoint_every_steps=50")
+    config = one_stage(
+        tmp_path,
+        "training.max_steps=1000",
+        "training.validate_every_steps=500",
+        "training.checkpoint_every_steps=500",
+        "training.log_every_steps=100",
+    )
     words = [
         "submit",
         str(config),
@@ -222,7 +228,7 @@ def test_a_stopped_submission_keeps_its_checkpoint_and_the_next_one_resumes_it(
     follower = threading.Thread(target=lambda: codes.append(run_command(*words, folder=tmp_path).status))
     follower.start()
     deadline = time.monotonic() + 240
-    while not list((tmp_path / "runs").glob("2*/stages/*/metrics.jsonl")):
+    while not any('"train"' in beat.read_text() for beat in (tmp_path / "runs").glob("2*/heartbeats/rank_00000.json")):
         assert time.monotonic() < deadline and follower.is_alive()
         time.sleep(0.5)
     assert run_command(*words, "--stop", folder=tmp_path).status == 0
