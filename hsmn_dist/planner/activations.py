@@ -19,10 +19,13 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Storage:
-    """How tensors are kept: `element` bytes of an activation (2 under bf16, else 4), and what depends on the device."""
+    """How tensors are kept: `element` bytes of an activation (2 under bf16, else 4), what depends on the device, and how many
+    ranks share the chunks of a context.
+    """
 
     element: int
     is_gpu: bool
+    context_parallel: int = 1
 
     @property
     def mask(self) -> int:
@@ -93,19 +96,25 @@ def _feed_forward(tokens: int, f: int, storage: Storage, is_gelu: bool) -> float
 
 def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations:
     d, f, heads, size = config.d_model, config.d_feed_forward, config.num_heads, storage.element
-    rows, chunks = config.chunk_size + 1, encoded_chunks(config, lengths.context_tokens)
+    rows = config.chunk_size + 1
+    chunks = -(-encoded_chunks(config, lengths.context_tokens) // storage.context_parallel)
     leaves = num_chunks(config, lengths.context_tokens)
     nodes, target = 2 * leaves - 1, lengths.target_tokens
     is_gelu = config.activation != "relu"
+
+    group = min(config.encoder_group_chunks or chunks, chunks)
+    recompute = config.encoder_recompute if config.encoder_group_chunks else "none"
 
     def encoder_layer(queries: int) -> float:
         masks = 2 * queries * d * storage.mask if config.encoder_dropout > 0 else 0
         norms = rows * 2 * d * size + queries * 2 * d * size
         attention = 2 * rows * d * size + 3 * queries * d * size + queries * heads * FP32
         inner = _feed_forward(queries, f, storage, is_gelu)
+        if recompute == "feed_forward":  # one group at a time has them
+            norms -= queries * d * size
+            inner = 0
         return chunks * (norms + attention + masks + inner)
 
-    group = min(config.encoder_group_chunks or chunks, chunks)
     masks = 3 * d * storage.mask if config.decoder_dropout > 0 else 0
     decoder: float = target * (13 * d * size + masks + 2 * heads * FP32) + 2 * nodes * d * size
     decoder += _feed_forward(target, f, storage, is_gelu)
@@ -117,13 +126,14 @@ def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations
         shared = _decay_table(config, target)
     encoder = [encoder_layer(rows)] * (config.num_encoder_layers - 1) + [encoder_layer(1)]
     inputs = [float(chunks * rows * d * size)] * config.num_encoder_layers
-    if group < chunks:  # groups are recomputed: what stays is their embedded tokens, and one group at a time is whole
+    embedded = 0
+    if group < chunks and recompute == "all":  # what stays is the looked-up tokens, and one group at a time is whole
         encoder = [layer * group / chunks for layer in encoder]
         inputs = [0.0] * config.num_encoder_layers
+        embedded = min(lengths.context_tokens, config.vocab_size) * d * size
     inputs += [float(target * d * size)] * config.num_decoder_layers
     k, inner_width, rank = config.d_compressed, config.d_aggregator, config.aggregator_rank
     tree = (leaves - 1) * (2 * k + 2 * rank + inner_width) * size + nodes * k * size
-    embedded = chunks * config.chunk_size * d * size if group < chunks else 0
     dropout = chunks * rows * d * storage.mask if config.encoder_dropout > 0 else 0
     dropout += target * d * storage.mask if config.decoder_dropout > 0 else 0
     outside = chunks * 2 * d * size + tree + nodes * d * size + 2 * target * d * size + embedded + dropout
@@ -159,14 +169,14 @@ def _hope(config: HopeConfig, lengths: Lengths, storage: Storage) -> Activations
 
 
 def _decay_table(config: HopeConfig | HsmnHopeConfig, tokens: int) -> float:
+    if config.cms.form != "decay":
+        return 0.0
     chunk = min(config.chunk_tokens, tokens)
     return float(config.num_memory_modules * chunk * chunk * FP32)
 
 
 def _continuum(config: HopeConfig | HsmnHopeConfig, index: int, tokens: int, size: int) -> float:
     """CMS of block `index`; decay form: projections, the chunk's mixing tables, writes, and the carried memories of every chunk."""
-    if config.cms.form != "decay":
-        return 0.0
     if config.cms.form != "decay":
         return chain_cost(config, index, tokens, size).kept
     d, heads, modules = config.d_model, config.num_heads, config.num_memory_modules

@@ -19,7 +19,7 @@ from hsmn_dist.foundation.param_role import ParamRole
 from hsmn_dist.models.contract import BOS_ID, LanguageModel, ModelInput, ModelOutput, TargetLoss
 from hsmn_dist.models.example_rows import tied_linear
 from hsmn_dist.models.hsmn import bad_input
-from hsmn_dist.models.hsmn.chunk_encoder import ChunkEncoder, EncoderLayer, announced_rows
+from hsmn_dist.models.hsmn.chunk_encoder import ChunkEncoder, EncoderGroups, EncoderLayer, announced_rows
 from hsmn_dist.models.hsmn.chunker import Chunks, StreamingChunker
 from hsmn_dist.models.hsmn.initial_weights import draw_weights
 from hsmn_dist.models.hsmn.leaf_exchange import LeafExchange
@@ -79,9 +79,8 @@ class HsmnModel(LanguageModel):
             )
             for _ in range(config.num_encoder_layers)
         ]
-        self.encoder = ChunkEncoder(
-            layers, width, config.chunk_size, config.encoder_dropout, config.encoder_group_chunks
-        )
+        groups = EncoderGroups(config.encoder_group_chunks, config.encoder_recompute)
+        self.encoder = ChunkEncoder(layers, width, config.chunk_size, config.encoder_dropout, groups)
         self.compressor = nn.Linear(width, config.d_compressed)
         self.tree = MemoryTree(config.d_compressed, config.d_aggregator, config.aggregator_rank)
         self.decompressor = nn.Linear(config.d_compressed, width)
@@ -195,8 +194,17 @@ class HsmnModel(LanguageModel):
         return self.leaf_exchange.gather(rows, index.numel())
 
     def _encode_rows(self, ids: Tensor, mask: Tensor, owners: Tensor) -> Tensor:
+        """Chunks [R, S] of the examples `owners` [R] -> [R, k]."""
+        is_divided = 0 < self.config.encoder_group_chunks < ids.shape[0]
+        if torch.compiler.is_compiling() or not is_divided:
+            with announced_rows(owners):
+                return self.compressor(self.encoder(self.context_embedding(ids), mask))
+        # Chunks overlap and tokens repeat: each token of an example is looked up once, and the groups share the rows.
+        distinct, index = torch.unique(owners[:, None] * self.vocab_size + ids, return_inverse=True)
+        with announced_rows(distinct // self.vocab_size):
+            rows = self.context_embedding(distinct % self.vocab_size)  # [U, D]
         with announced_rows(owners):
-            return self.compressor(self.encoder(self.context_embedding(ids), mask))  # [R, k]
+            return self.compressor(self.encoder(rows, mask, index))
 
     def _decompress(self, tree: Tree, chunks: Chunks) -> Tensor:
         num_examples, num_leaves = chunks.mask.shape[:2]

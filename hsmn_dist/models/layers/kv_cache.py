@@ -1,7 +1,7 @@
 """Keys and values of earlier tokens, so that a new token costs one step and not the whole sequence.
 
-Unusual: without gradients the buffers grow by doubling and are written in place, so a state may be advanced once; take a
-`fork` before going on in two ways. With gradients the history is concatenated and stays differentiable.
+Unusual: without gradients the buffers grow by doubling (with a span they never grow) and are written in place, so a state may
+be advanced once; take a `fork` before going on in two ways. With gradients the history is concatenated and stays differentiable.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ class LayerCache:
 
     def _make_room(self, key: Tensor, value: Tensor, added: int) -> None:
         if self._key is None or self._value is None:
-            capacity = max(FIRST_CAPACITY, added)
+            # With a span the buffer has its final size at once: memory per token is constant from the first one on.
+            capacity = max(2 * self.span or FIRST_CAPACITY, added)
             self._key, self._value = _empty(key, capacity), _empty(value, capacity)
         elif self.num_tokens + added > self._key.shape[-2]:
             kept = slice(max(0, self.num_tokens - self.span + 1) if self.span else 0, self.num_tokens)
             num_kept = kept.stop - kept.start
-            capacity = max(2 * num_kept, num_kept + added, FIRST_CAPACITY)
+            capacity = max(2 * self.span or max(2 * num_kept, FIRST_CAPACITY), num_kept + added)
             for name, new in (("_key", key), ("_value", value)):
                 buffer = _empty(new, capacity)
                 buffer[..., :num_kept, :] = getattr(self, name)[..., kept, :]

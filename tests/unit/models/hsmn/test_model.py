@@ -100,13 +100,51 @@ def test_the_last_encoder_layer_computes_the_cls_row_alone():
     assert shapes == [(7, 16), (1, 16)]
 
 
-@pytest.mark.parametrize("group", [1, 4, 100])
-def test_encoding_in_groups_changes_nothing(group):
+@pytest.mark.parametrize("recompute", ["none", "feed_forward", "all"])
+@pytest.mark.parametrize(("group", "placement"), [(1, "pre"), (4, "post"), (100, "pre")])
+def test_encoding_in_groups_changes_nothing(group, placement, recompute):
     inputs = batch([60, 0, 33], [5, 4, 3])
-    whole, grouped = tiny_model(), tiny_model(encoder_group_chunks=group)
+    whole = tiny_model(norm_placement=placement)
+    grouped = tiny_model(norm_placement=placement, encoder_group_chunks=group, encoder_recompute=recompute)
     first = gradients(whole, whole(inputs, target_loss=cross_entropy).nll.sum())
     second = gradients(grouped, grouped(inputs, target_loss=cross_entropy).nll.sum())
     assert_gradients_close(second, first, tolerance=1e-6)
+
+
+def test_a_token_of_overlapping_chunks_is_looked_up_once():
+    model = tiny_model(encoder_group_chunks=2)
+    looked_up = []
+    model.context_embedding.register_forward_hook(lambda module, args, out: looked_up.append(args[0]))
+    ids = torch.tensor([[5, 6, 5, 7, 6, 5, 7, 8, 5, 6], [5, 5, 5, 5, 9, 9, 9, 9, 9, 9]])
+    model.read_context(ids, torch.ones_like(ids, dtype=torch.bool))
+    # Four tokens of the first row and two of the second, and padding once in each.
+    assert sorted(looked_up[0].tolist()) == [0, 0, 5, 5, 6, 7, 8, 9]
+
+
+def largest_tensor_in_backward(model, inputs):
+    """Elements of the largest tensor that the backward pass forms."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.largest = max(self.largest, out.numel())
+            return out
+
+    loss = model(inputs, target_loss=cross_entropy).nll.sum()
+    with Sizes() as sizes:
+        loss.backward()
+    return sizes.largest
+
+
+@pytest.mark.parametrize("recompute", ["none", "feed_forward", "all"])
+def test_no_tensor_of_the_backward_pass_grows_with_the_number_of_groups(recompute):
+    model = tiny_model(encoder_group_chunks=8, encoder_recompute=recompute, d_feed_forward=256).train()
+    short, long = (largest_tensor_in_backward(model, batch([n], [4])) for n in (100, 400))
+    assert long == short
 
 
 def wrap_blocks(model):
@@ -125,10 +163,13 @@ def seeded_loss(model, inputs):
     return losses.nll.sum()
 
 
-@pytest.mark.parametrize("group", [0, 3])
-def test_gradients_with_dropout_under_activation_checkpointing_equal_finite_differences(group):
-    model = tiny_model(encoder_dropout=0.3, decoder_dropout=0.3, encoder_group_chunks=group).train()
-    wrap_blocks(model)
+@pytest.mark.parametrize(("group", "recompute"), [(0, "all"), (3, "all"), (3, "feed_forward"), (3, "none")])
+def test_gradients_with_dropout_under_activation_checkpointing_equal_finite_differences(group, recompute):
+    model = tiny_model(
+        encoder_dropout=0.3, decoder_dropout=0.3, encoder_group_chunks=group, encoder_recompute=recompute
+    ).train()
+    if recompute == "all":
+        wrap_blocks(model)
     inputs = batch([30, 7], [6, 4])
     found = gradients(model, seeded_loss(model, inputs))
     parameters = dict(model.named_parameters())
