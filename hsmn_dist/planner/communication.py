@@ -35,6 +35,14 @@ class Traffic:
         """All buffers together."""
         return self.all_reduce + self.reduce_scatter + self.all_gather
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.all_reduce + other.all_reduce,
+            self.reduce_scatter + other.reduce_scatter,
+            self.all_gather + other.all_gather,
+            self.num_calls + other.num_calls,
+        )
+
     def wire_bytes(self, world_size: int) -> float:
         """Bytes that a rank sends in one step when every collective is a ring."""
         share = (world_size - 1) / world_size
@@ -61,6 +69,15 @@ def traffic(parameters: ParameterCount, layout: Layout, num_micro_batches: int) 
     again = max(0, parameters.total - sum(small) - MAX_LIVE_ELEMENTS) * layout.element
     calls = num_micro_batches * (buckets + 2 * max(parameters.num_blocks, 1))
     return Traffic(0.0, padded * num_micro_batches, (gathered + again) * num_micro_batches + kept, calls)
+
+
+def context_traffic(num_rows: int, d_compressed: int, layout: Layout, num_micro_batches: int) -> Traffic:
+    """Buffers of the exchange of compressed chunks, `num_rows` chunks a micro-batch, in every one of its passes."""
+    size = layout.context_parallel
+    if size == 1:
+        return Traffic(0.0, 0.0, 0.0, 0)
+    padded = float(-(-num_rows // size) * size * d_compressed * layout.element * num_micro_batches)
+    return Traffic(0.0, padded, padded, 2 * num_micro_batches)
 
 
 def bus_bytes_per_second(device: Device, network: Network, num_nodes: int, gpus_per_node: int) -> float:

@@ -38,11 +38,20 @@ class ForwardFlops:
         blocks: in each block that activation checkpointing may recompute, in forward order.
         last_maps: the last product of each block, which no backward pass needs and so is not recomputed.
         outside: everything else (tree, head).
+        num_divided: leading blocks whose work ranks of a context group share (the encoder's).
     """
 
     blocks: tuple[float, ...]
     last_maps: tuple[float, ...]
     outside: float
+    num_divided: int = 0
+
+    def per_rank(self, context_parallel: int) -> ForwardFlops:
+        """What one of `context_parallel` ranks does of it."""
+        shares = [1.0 / context_parallel if index < self.num_divided else 1.0 for index in range(len(self.blocks))]
+        blocks = tuple(size * share for size, share in zip(self.blocks, shares, strict=True))
+        last_maps = tuple(size * share for size, share in zip(self.last_maps, shares, strict=True))
+        return ForwardFlops(blocks, last_maps, self.outside, self.num_divided)
 
     @property
     def total(self) -> float:
@@ -103,7 +112,7 @@ def _hsmn(config: HsmnConfig, lengths: Lengths) -> ForwardFlops:
     outside = chunks * 2 * d * k + (leaves - 1) * pair + nodes * 2 * k * d + codes + 2 * target * d * config.vocab_size
     last_maps = [2.0 * chunks * rows * d * f] * (config.num_encoder_layers - 1) + [2.0 * chunks * d * f]
     last_maps += [2.0 * target * d * f] * config.num_decoder_layers
-    return ForwardFlops((*encoder, *decoder), tuple(last_maps), float(outside))
+    return ForwardFlops((*encoder, *decoder), tuple(last_maps), float(outside), len(encoder))
 
 
 def _hope(config: HopeConfig, lengths: Lengths) -> ForwardFlops:

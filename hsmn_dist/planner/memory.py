@@ -36,6 +36,7 @@ class Layout:
         persistent_elements: ZeRO 3 keeps smaller parameters whole.
         is_deepspeed: False for the one-process engine, which has no second copy of anything.
         offloads_optimizer, offloads_parameters: what lives in host memory instead.
+        context_parallel: ranks that share the chunks of a context.
     """
 
     world_size: int
@@ -48,6 +49,7 @@ class Layout:
     is_deepspeed: bool = True
     offloads_optimizer: bool = False
     offloads_parameters: bool = False
+    context_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Memory:
 def memory_per_rank(config: RunConfig, parameters: ParameterCount, layout: Layout, lengths: Lengths) -> Memory:
     """Bytes of one rank while a stage behind the first one trains (EWC buffers included where the method has them)."""
     weights, gradients, optimizer, host = _state(parameters, layout)
-    kept = activations(config.model, lengths, Storage(layout.element, layout.is_gpu))
+    kept = activations(config.model, lengths, Storage(layout.element, layout.is_gpu, layout.context_parallel))
     examples = layout.micro_batch_examples
     peak = kept.peak(layout.activation_checkpointing, examples)
     logits = min(kept.logits * examples, peak)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from hsmn_dist.config.models import HsmnConfig
 from hsmn_dist.config.run import RunConfig
 from hsmn_dist.foundation.errors import PlanError
-from hsmn_dist.planner.communication import traffic
-from hsmn_dist.planner.flops import Lengths, forward_flops
+from hsmn_dist.planner.communication import Traffic, context_traffic, traffic
+from hsmn_dist.planner.flops import Lengths, encoded_chunks, forward_flops
 from hsmn_dist.planner.memory import Layout, Memory, memory_per_rank
 from hsmn_dist.planner.parameters import ParameterCount, count_parameters
 from hsmn_dist.planner.throughput import Machines, StepTime, model_flops_utilization, step_time
@@ -148,8 +149,8 @@ def plan(
     if mean is None:
         notes.append(f"time: every example as long as allowed ({longest.tokens} tokens)")
     flops = forward_flops(config.model, lengths)
-    sent = traffic(parameters, layout, micro_batches)
-    step = step_time(flops, parameters, layout, sent, machines, micro_batches)
+    sent = traffic(parameters, layout, micro_batches) + _exchange(config, layout, lengths, micro_batches)
+    step = step_time(flops.per_rank(layout.context_parallel), parameters, layout, sent, machines, micro_batches)
     examples = config.training.global_batch_examples
     tokens_per_second = examples * lengths.tokens / step.total
     seconds = _run_seconds(config, step.total, flops.total, machines, layout.element)
@@ -185,6 +186,13 @@ def plan(
 
 def _layout(config: RunConfig, machines: Machines) -> tuple[Layout, int, list[str]]:
     training, ranks, notes = config.training, machines.world_size, []
+    if ranks % training.context_parallel:
+        raise PlanError(
+            f"training.context_parallel {training.context_parallel} on {ranks} ranks",
+            allowed=f"a divisor of {ranks}",
+            action="change training.context_parallel or the number of ranks",
+        )
+    ranks //= training.context_parallel
     if training.global_batch_examples % ranks:
         raise PlanError(
             f"training.global_batch_examples {training.global_batch_examples} on {ranks} ranks",
@@ -198,7 +206,7 @@ def _layout(config: RunConfig, machines: Machines) -> tuple[Layout, int, list[st
         notes.append(f"micro_batch_examples {training.micro_batch_examples} does not divide {per_rank} a rank: {micro}")
     is_deepspeed = training.engine == "deepspeed"
     layout = Layout(
-        world_size=ranks,
+        world_size=machines.world_size,
         zero_stage=training.zero_stage if is_deepspeed else 0,
         element=2 if training.precision == "bf16" else 4,
         micro_batch_examples=micro,
@@ -208,8 +216,16 @@ def _layout(config: RunConfig, machines: Machines) -> tuple[Layout, int, list[st
         is_deepspeed=is_deepspeed,
         offloads_optimizer=training.offload.optimizer != "none",
         offloads_parameters=training.offload.parameters != "none",
+        context_parallel=training.context_parallel,
     )
     return layout, per_rank // micro, notes
+
+
+def _exchange(config: RunConfig, layout: Layout, lengths: Lengths, micro_batches: int) -> Traffic:
+    if not isinstance(config.model, HsmnConfig):
+        return context_traffic(0, 0, replace(layout, context_parallel=1), 0)
+    rows = layout.micro_batch_examples * encoded_chunks(config.model, lengths.context_tokens)
+    return context_traffic(rows, config.model.d_compressed, layout, micro_batches)
 
 
 def _run_seconds(config: RunConfig, step: float, forward: float, machines: Machines, element: int) -> float:

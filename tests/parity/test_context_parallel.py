@@ -24,6 +24,8 @@ from hsmn_dist.foundation.errors import ConfigError
 from hsmn_dist.models.build import build_model
 from hsmn_dist.models.contract import cross_entropy
 from hsmn_dist.models.hsmn.model import HsmnModel
+from hsmn_dist.planner.communication import context_traffic
+from hsmn_dist.planner.memory import Layout
 from hsmn_dist.training.build import build_engine
 from hsmn_dist.training.context_parallel import ChunkExchange, divide_context, undivided
 from hsmn_dist.training.whole_weights import gather_weights
@@ -130,6 +132,8 @@ def test_the_wire_carries_the_compressed_chunks_once_in_each_direction_and_nothi
     for counted, chunks in run_distributed(_bytes_on_the_wire, 2):
         assert chunks == 14  # 7 a sequence, an even number in all: no padding
         assert counted == {"all_gather_into_tensor": chunks * 128 * 4, "reduce_scatter_tensor": chunks * 128 * 4}
+        planned = context_traffic(chunks, 128, Layout(2, 2, 4, 2, "none", False, context_parallel=2), 1)
+        assert (planned.all_gather, planned.reduce_scatter) == tuple(counted.values())
 
 
 SMALL = HsmnConfig(

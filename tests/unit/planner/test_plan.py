@@ -86,6 +86,19 @@ def test_a_micro_batch_that_is_too_large_for_the_ranks_is_lowered_and_said() -> 
     assert any("micro_batch_examples 4" in note for note in answer.notes)
 
 
+def test_ranks_that_share_contexts_divide_the_encoder_and_nothing_else() -> None:
+    config = with_layout(large("hsmn"), global_batch_examples=64, micro_batch_examples=1)
+    alone, shared = (plan(with_layout(config, context_parallel=size), machines(1)) for size in (1, 8))
+    assert shared.micro_batches == 8 * alone.micro_batches
+    assert shared.memory.kinds["activations"] < alone.memory.kinds["activations"]
+    assert shared.flops_per_token == alone.flops_per_token
+    # The decoder's work is done by every rank of a group: more seconds for the same examples.
+    assert alone.step.compute < shared.step.compute < 8 * alone.step.compute
+    assert shared.communication_bytes > alone.communication_bytes
+    with pytest.raises(PlanError, match="context_parallel 3 on 8 ranks"):
+        plan(with_layout(config, context_parallel=3), machines(1))
+
+
 def test_recomputing_costs_time_and_saves_memory() -> None:
     plans = [plan(with_layout(large(), activation_checkpointing=p), machines()) for p in ("none", "every_block")]
     assert plans[0].memory.total > plans[1].memory.total
