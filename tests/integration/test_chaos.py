@@ -74,4 +74,4 @@ def test_a_short_chaos_ends_with_the_bits_of_the_undisturbed_run(tmp_path: Path)
 def test_a_full_chaos_ends_with_the_bits_of_the_undisturbed_run(tmp_path: Path) -> None:
     chaos.main(["--folder", str(tmp_path / "chaos")])
     report = json.loads((tmp_path / "chaos" / "report.json").read_text())
-    assert len(report["bits"]["faults"]) >= 30 and len(report["numbers"]["faults"]) == 3
+    assert len(report["bits"]["faults"]) >= 30 and len(report["numbers"]["faults"]) == 4

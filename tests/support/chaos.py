@@ -93,7 +93,7 @@ def settings(num_steps: int, **changes: Any) -> list[str]:
         "evaluation.max_new_tokens": 2,
         "evaluation.bootstrap_samples": 20,
         "cluster.max_failures": 50,
-        "cluster.stall_seconds": 30,
+        "cluster.stall_seconds": 45,
         "cluster.grace_seconds": 60,
         "tracking.registered_model": "''",
         "tracking.finish_timeout_seconds": 1,
@@ -338,7 +338,7 @@ def table(chaos: Chaos) -> list[dict[str, Any]]:
     return rows
 
 
-def same_bits(folder: Path, services: Services, faults: list[Fault], num_steps: int, tracks: bool) -> dict[str, Any]:
+def same_bits(folder: Path, services: Services, faults: list[Fault], num_steps: int) -> dict[str, Any]:
     """The main part: a disturbed run ends with the bits of the undisturbed one."""
     config = settings(num_steps, **{"tracking.backend": "none"})
     undisturbed = undisturbed_run(folder, config)
@@ -349,15 +349,6 @@ def same_bits(folder: Path, services: Services, faults: list[Fault], num_steps: 
         shutil.copytree(source, services.folder / "store" / "passkey", dirs_exist_ok=True)
         changes["curriculum.stages.2.datasets.0.shards"] = f"{services.store_url}/passkey"
         changes["data.cache_folder"] = folder / "faulty" / "cache"
-    if tracks:
-        changes |= {"tracking.backend": "mlflow", "tracking.uri": services.tracker.uri}
-        if not any(
-            fault.action == "silence_tracker" and (folder / f"faulty/fired/{fault.id:02d}.json").exists()
-            for fault in faults
-        ):
-            (folder / "faulty").mkdir(exist_ok=True)
-            services.tracker.start(folder / "faulty" / "tracker.json")
-            services.tracker.wait()
     if any(fault.launcher == "ray" for fault in faults):
         changes["cluster.ray_address"] = f"127.0.0.1:{services.ray_port}"
     chaos = Chaos(folder / "faulty", faults, services, settings(num_steps, **changes))
@@ -367,8 +358,6 @@ def same_bits(folder: Path, services: Services, faults: list[Fault], num_steps: 
     check_said(chaos, run)
     if uses_store:
         facts["store"] = services.store.served
-    if tracks:
-        facts["tracker"] = check_tracker(services, chaos, run)
     rows = table(chaos)
     print_table(f"{len(rows)} faults; weights equal bit for bit", rows)
     return {"faults": rows, "attempts": chaos.attempts, **facts}
@@ -402,10 +391,14 @@ def check_tracker(services: Services, chaos: Chaos, run: RunFolder) -> dict[str,
 def other_numbers(folder: Path, services: Services) -> dict[str, Any]:
     """The small part: what memory, skips and rollbacks change, and what they must not."""
     policies = {"training.on_non_finite": "rollback", "training.on_loss_spike": "skip", "tracking.backend": "none"}
-    config = settings(24, **policies)
-    undisturbed = undisturbed_run(folder, config)
-    chaos = Chaos(folder / "faulty", changing_schedule(), services, config)
+    undisturbed = undisturbed_run(folder, settings(24, **policies))
+    tracked = policies | {"tracking.backend": "mlflow", "tracking.uri": services.tracker.uri}
+    chaos = Chaos(folder / "faulty", changing_schedule(), services, settings(24, **tracked))
+    if not any(fault.action == "silence_tracker" and fault.id in chaos.fired() for fault in chaos.faults):
+        services.tracker.start(chaos.folder / "tracker.json")
+        services.tracker.wait()
     run = chaos.run()
+    assert not services.tracker.is_alive(), "the tracker was killed"
     check_said(chaos, run)
     retried = [event for event in read_events(run.journal) if event["event"] == "retried"]
     assert [event["kind"] for event in retried] == ["out_of_memory"], retried
@@ -420,8 +413,13 @@ def other_numbers(folder: Path, services: Services) -> dict[str, Any]:
     results = [read_json(stage / "results.json")["training"] for stage in sorted((run.path / "stages").iterdir())]
     assert [result["skipped_steps"] for result in results] == [0, 1, 1], results
     rows = table(chaos)
-    print_table("3 faults that change numbers by design", rows)
-    return {"faults": rows, "attempts": chaos.attempts, "largest_loss_difference_after_out_of_memory": difference}
+    print_table(f"{len(rows)} faults: the tracker, and those that change numbers by design", rows)
+    return {
+        "faults": rows,
+        "attempts": chaos.attempts,
+        "largest_loss_difference_after_out_of_memory": difference,
+        "tracker": check_tracker(services, chaos, run),
+    }
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -442,11 +440,11 @@ def main(words: Sequence[str] | None = None) -> None:
     has_own_disk = mount_disk(folder / "disk", DISK_BYTES)
     services = Services(folder, folder / "disk", has_own_disk)
     parts: dict[str, Callable[[Path], dict[str, Any]]] = {
-        "bits": lambda place: same_bits(place, services, full_schedule(arguments.seed), NUM_STEPS, True),
+        "bits": lambda place: same_bits(place, services, full_schedule(arguments.seed), NUM_STEPS),
         "numbers": lambda place: other_numbers(place, services),
     }
     if arguments.short:
-        parts = {"bits": lambda place: same_bits(place, services, short_schedule(arguments.seed), 12, False)}
+        parts = {"bits": lambda place: same_bits(place, services, short_schedule(arguments.seed), 12)}
     try:
         for name, part in parts.items():
             (folder / name).mkdir(exist_ok=True)
