@@ -78,12 +78,20 @@ def pip_mounts() -> list[str]:
     return [word for path in paths for word in ("--volume", f"{path}:{path}:ro")]
 
 
+def torch_arguments() -> list[str]:
+    """Where this machine keeps a CPU build of torch, if it does; the package index has the CUDA build, which is several GB."""
+    command = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
+    links = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ["--build-arg", f"TORCH_PIP_ARGS=--find-links {links}"] if links else []
+
+
 def test_the_image_is_built_and_runs_as_a_user_without_secrets(builder: Builder) -> None:
     image = "localhost/hsmn-dist:test"
     builder.run(
         "build",
         "--pull-never",
         *pip_mounts(),
+        *torch_arguments(),
         "--build-arg",
         f"BASE={BASE}",
         "--file",
