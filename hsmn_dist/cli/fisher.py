@@ -18,7 +18,7 @@ def command(
     data: Path = typer.Option(..., help="Prepared folder (shards and index) made with the model's tokenizer."),
     out: Path = typer.Option(..., help="New folder for the store."),
     estimator: str = typer.Option(
-        "empirical", help="sampled, empirical, logit_reversal, sampled_sum, signed_sum, microbatch."
+        "logit_reversal", help="sampled, empirical, logit_reversal, sampled_sum, signed_sum, microbatch."
     ),
     num_examples: int = typer.Option(2048, min=1, help="Examples of the training split."),
     seed: int = typer.Option(0, help="Seed of sampled labels and of the choice of examples."),

@@ -113,7 +113,8 @@ class FisherPass:
         self._parameters: dict[str, nn.Parameter] = {shard.name: by_name[shard.name] for shard in shards}
         self._max_elements = None if keeps_whole else CHUNK_ELEMENTS
         self._sums = ShardSums(shards, keeps_whole, device)
-        self._squares = [torch.zeros_like(shard.value) for shard in shards]
+        self._is_grouped = config.estimator in GROUPED
+        self._squares = [torch.zeros_like(shard.value) for shard in shards] if self._is_grouped else []
         self._taps = ExampleGradients(module, self._parameters)
         self._is_batched = True
         self._is_checked = False
@@ -131,7 +132,7 @@ class FisherPass:
         with _evaluating(self._module), self._taps.installed():
             if not self._is_checked:
                 self._choose_way(batch)
-            if self._config.estimator in GROUPED:
+            if self._is_grouped:
                 self._add_groups(batch)
             elif self._config.estimator == "microbatch":
                 self._add_squared_mean(batch)
@@ -142,7 +143,7 @@ class FisherPass:
     def result(self) -> list[Tensor]:
         """The Fisher of each shard, [stop - start]."""
         totals, count = self._sums.totals(), self._num_examples
-        if self._config.estimator in GROUPED:
+        if self._is_grouped:
             # What is left in the sums is the last group, when it is not full.
             return [(squares + left * left) / count for squares, left in zip(self._squares, totals, strict=True)]
         if self._config.estimator == "microbatch":
@@ -156,7 +157,7 @@ class FisherPass:
     def restore(self, state: Mapping[str, Sequence[Tensor]], num_batches: int) -> None:
         """Continue behind the first `num_batches` micro-batches."""
         self._sums.restore(state["sums"])
-        for mine, saved in zip(self._squares, state["squares"], strict=True):
+        for mine, saved in zip(self._squares, state.get("squares", []), strict=True):
             mine.copy_(saved)
         self._num_means.copy_(state["means"][0])
         self.num_batches = num_batches

@@ -10,6 +10,7 @@ Source: continual.md section 3.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -54,7 +55,8 @@ def run_fisher(
         world: this rank.
         total_examples: examples over all ranks, padding not counted.
         progress: called as progress(examples done, total) after each micro-batch.
-        resume_folder: where an unfinished pass is kept every `config.save_every_batches`; emptied when done.
+        resume_folder: where an unfinished pass is kept every `config.save_every_seconds` (rank 0's clock) or
+            `config.save_every_batches`; emptied when done.
 
     Raises:
         CheckpointError: the unfinished pass was taken with other settings or of another model.
@@ -72,7 +74,7 @@ def run_fisher(
         device=world.device,
     )
     keeper = None
-    if resume_folder is not None and config.save_every_batches:
+    if resume_folder is not None and (config.save_every_batches or config.save_every_seconds):
         digest = model_digest({shard.name: shard.shape for shard in shards})
         keeper = _Keeper(resume_folder, world, config, total_examples, digest)
         keeper.restore(fisher)
@@ -86,8 +88,8 @@ def run_fisher(
             if progress is not None:
                 seen = fisher.num_batches * world.world_size * batch["target_ids"].shape[0]
                 progress(min(seen, total_examples), total_examples)
-            if keeper is not None and fisher.num_batches % config.save_every_batches == 0:
-                keeper.save(fisher)
+            if keeper is not None:
+                keeper.save_if_due(fisher)
         result = fisher.result()
     finally:
         fisher.close()
@@ -135,6 +137,8 @@ class _Keeper:
     def __init__(self, folder: Path, world: World, config: FisherConfig, total_examples: int, digest: str) -> None:
         self._folder = folder
         self._world = world
+        self._config = config
+        self._saved_at = time.monotonic()
         record = asdict(fisher_record("", config, total_examples))
         self._signature = {**record, "micro_batch_examples": config.micro_batch_examples, "model_digest": digest}
 
@@ -171,7 +175,18 @@ class _Keeper:
             state.setdefault(key.split(".")[0], []).append(tensors[key])
         fisher.restore(state, manifest["num_batches"])
 
-    def save(self, fisher: FisherPass) -> None:
+    def save_if_due(self, fisher: FisherPass) -> None:
+        """Save by the count of micro-batches or by rank 0's clock, which all ranks follow."""
+        every_batches, every_seconds = self._config.save_every_batches, self._config.save_every_seconds
+        is_due = every_batches > 0 and fisher.num_batches % every_batches == 0
+        if every_seconds > 0 and not is_due:
+            is_late = time.monotonic() - self._saved_at >= every_seconds
+            is_due = any_rank(self._world.is_first and is_late)
+        if is_due:
+            self._save(fisher)
+            self._saved_at = time.monotonic()
+
+    def _save(self, fisher: FisherPass) -> None:
         """Write this position; older ones go when it counts."""
         self._folder.mkdir(parents=True, exist_ok=True)
         names = [

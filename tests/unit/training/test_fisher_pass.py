@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.errors import CheckpointError, DataError, ModelError
 from hsmn_dist.models.contract import ModelInput
 from hsmn_dist.training.fisher_pass import run_fisher
+from tests.support.distributed import run_distributed
 from tests.support.fisher import dealt, engine_of, examples, relative_error
 
 WORLD = World()
@@ -108,6 +113,48 @@ def test_an_interrupted_pass_resumes_to_the_same_bits(engine, estimator: str, tm
     assert calls == [10], "the first four micro-batches are not computed again"
     assert all(torch.equal(a, b) for a, b in zip(resumed, whole, strict=True))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_by_default_a_short_pass_saves_nothing_and_a_long_one_resumes(engine, monkeypatch, tmp_path: Path) -> None:
+    """Saves are due by the clock: here every micro-batch seems to take two minutes, so every third saves."""
+    batch, config = examples(10), FisherConfig(estimator="sampled", micro_batch_examples=2)
+    with pytest.raises(Interrupted):
+        run_fisher(engine, stopping(dealt(batch, 2), 4), config, WORLD, 10, resume_folder=tmp_path / "short")
+    assert not (tmp_path / "short").exists()
+    whole = run_fisher(engine, dealt(batch, 2), config, WORLD, 10)
+    clock = itertools.count(0.0, 120.0)
+    monkeypatch.setattr("hsmn_dist.training.fisher_pass.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with pytest.raises(Interrupted):
+        run_fisher(engine, stopping(dealt(batch, 2), 4), config, WORLD, 10, resume_folder=tmp_path / "long")
+    assert json.loads((tmp_path / "long" / "progress.json").read_text())["num_batches"] == 3
+    calls: list[int] = []
+    resumed = run_fisher(
+        engine, dealt(batch, 2), config, WORLD, 10, lambda done, _: calls.append(done), tmp_path / "long"
+    )
+    assert calls == [8, 10]
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(resumed, whole, strict=True))
+
+
+def save_and_resume(world: World, folder: str) -> None:
+    """Rank 1's clock never says that a save is due; it saves with rank 0 all the same."""
+    batch, config = examples(10), FisherConfig(estimator="signed_sum", num_groups=3, micro_batch_examples=1)
+    config = config.model_copy(update={"save_every_seconds": 1e-9 if world.rank == 0 else 1e9})
+    for stage in (2, 3):
+        engine, place = engine_of("hsmn", world, "deepspeed", stage), Path(folder) / str(stage)
+        whole = run_fisher(engine, dealt(batch, 1, world.rank, 2), config, world, 10)
+        with contextlib.suppress(Interrupted):
+            batches = stopping(dealt(batch, 1, world.rank, 2), 3)
+            run_fisher(engine, batches, config, world, 10, resume_folder=place)
+        calls: list[int] = []
+        batches = dealt(batch, 1, world.rank, 2)
+        resumed = run_fisher(engine, batches, config, world, 10, lambda done, _, calls=calls: calls.append(done), place)
+        assert calls == [8, 10]
+        assert all(relative_error(a, b) < 1e-6 for a, b in zip(resumed, whole, strict=True))
+        engine.close()
+
+
+def test_two_ranks_save_together_and_resume(tmp_path: Path) -> None:
+    run_distributed(save_and_resume, 2, str(tmp_path))
 
 
 @pytest.mark.parametrize(
