@@ -149,7 +149,7 @@ class RayCluster:
     def __init__(self, site: Path | None, port: int, num_nodes: int) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="hc", dir="/tmp"))  # a socket path has 107 bytes at most
         self.address = f"127.0.0.1:{port}"
-        self._environment = environment(site)
+        self._environment = environment(site) | {"CHAOS_CLUSTER": str(self.folder)}  # how its processes are found
         self._nodes: list[subprocess.Popen[bytes]] = []
         dashboard, agent, client = free_ports(3)
         head = ["--head", "--port", str(port), "--num-cpus", "0", "--include-dashboard", "false"]
@@ -202,6 +202,9 @@ class RayCluster:
                 node.wait(timeout=15)
             except subprocess.TimeoutExpired:
                 self.remove(node)
+        for pid in marked_processes(str(self.folder)):  # orphans of nodes that were killed
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
