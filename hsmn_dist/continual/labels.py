@@ -10,7 +10,7 @@ in sign when the importance is taken); the hash is the finaliser of SplitMix64 (
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hsmn_dist.config.continual import Estimator
 from hsmn_dist.models.contract import TargetLoss, cross_entropy
@@ -26,12 +26,19 @@ def target_loss(estimator: Estimator, seed: int, example_index: Tensor) -> Targe
     """The loss of scored positions that an estimator differentiates; `example_index` [B] names the rows of the batch."""
     if estimator in SAMPLED:
         return _SampledLoss(seed, example_index)
-    return reversed_cross_entropy if estimator == "logit_reversal" else cross_entropy
+    return reversed_cross_entropy if estimator == "logit_reversal" else wide_cross_entropy
+
+
+def wide_cross_entropy(logits: Tensor, labels: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    """The models' cross entropy in fp32, and in float64 for such logits, so that closed forms are met to float64."""
+    if logits.dtype == torch.float64:
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
+    return cross_entropy(logits, labels, rows, positions)
 
 
 def reversed_cross_entropy(logits: Tensor, labels: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """-log softmax(-z)[label], shapes as in `TargetLoss`: a confident token keeps a large gradient."""
-    return cross_entropy(-logits, labels, rows, positions)
+    return wide_cross_entropy(-logits, labels, rows, positions)
 
 
 class _SampledLoss:
@@ -44,7 +51,7 @@ class _SampledLoss:
     def __call__(self, logits: Tensor, labels: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         owners = self.example_index.to(rows.device)[rows]
         drawn = sample_labels(logits.detach(), uniform(self.seed, owners, positions))
-        return cross_entropy(logits, drawn, rows, positions)
+        return wide_cross_entropy(logits, drawn, rows, positions)
 
 
 def sample_labels(logits: Tensor, uniforms: Tensor) -> Tensor:

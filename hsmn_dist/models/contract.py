@@ -62,9 +62,8 @@ class TargetLoss(Protocol):
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """Negative log-likelihood in nats, computed in fp32, or in float64 for such logits. Shapes as in `TargetLoss`."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.cross_entropy(wide, labels, reduction="none")
+    """Negative log-likelihood in nats, computed in fp32. Shapes as in `TargetLoss`."""
+    return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
 @dataclass
