@@ -71,7 +71,9 @@ def test_batched_fisher_equals_the_definition(name: str, estimator: str, ways: l
     assert all(torch.isfinite(part).all() and (part >= 0).all() for part in found)
 
 
-@pytest.mark.parametrize("name", ["hope self_modifying", "hope self_modifying_matrix", "hope optimizer_chain"])
+@pytest.mark.parametrize(
+    "name", ["hope self_modifying", "hope self_modifying_matrix", "hope optimizer_chain", "hybrid"]
+)
 def test_memories_that_learn_take_the_batched_path(name: str, ways: list[bool]) -> None:
     for estimator in ("sampled", "microbatch"):
         config = FisherConfig(estimator=estimator, **SETTINGS)

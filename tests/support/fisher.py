@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hsmn_dist.config.continual import FisherConfig
-from hsmn_dist.config.models import HopeConfig, HsmnConfig
+from hsmn_dist.config.models import HopeConfig, HsmnConfig, HsmnHopeConfig
 from hsmn_dist.config.optim import OptimConfig
 from hsmn_dist.config.training import TrainingConfig
 from hsmn_dist.continual.labels import signs, target_loss
@@ -59,13 +59,14 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def tiny(name: str) -> LanguageModel:
-    """A seeded tiny model: "hsmn", "hope", with an option behind it; or "plain" (it has a parameter without a rule)."""
+    """A seeded tiny model: "hsmn", "hope", "hybrid", with an option behind; or "plain" (it has a parameter without a rule)."""
     family, _, option = name.partition(" ")
     torch.manual_seed(11)
     if family == "plain":
         return TinyModel(tied=option == "tied")
-    config = HsmnConfig if family == "hsmn" else HopeConfig
-    settings = _HSMN if family == "hsmn" else _HOPE
+    config, settings = {"hsmn": (HsmnConfig, _HSMN), "hope": (HopeConfig, _HOPE), "hybrid": (HsmnHopeConfig, _HSMN)}[
+        family
+    ]
     model = build_model(config(**settings, **_OPTIONS[option]))
     with torch.no_grad():
         for parameter in model.parameters():  # away from the start, where many gradients vanish
