@@ -145,8 +145,9 @@ def test_a_run_goes_on_elsewhere_when_its_host_is_cut_off_and_the_old_attempt_ca
     finally:
         process.kill()
     assert process.returncode == 0, output[-4000:]
-    steps = [line.step for line in read_metric_lines(run.path / "stages" / "00_word_problems" / "metrics.jsonl")]
-    assert len(steps) == len(set(steps))
+    lines = read_metric_lines(run.path / "stages" / "00_word_problems" / "metrics.jsonl")
+    points = [(name, line.step) for line in lines for name in line.values]
+    assert points and len(points) == len(set(points)), "every metric point is there once"
     groups = {event.get("group") for event in read_events(run.journal) if event["event"] == "stage_completed"}
     assert groups == {2}
     calm = tmp_path / "calm"
