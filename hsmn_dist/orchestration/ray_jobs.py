@@ -22,7 +22,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from hsmn_dist.foundation.errors import ConfigError, StageFailed
 
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
-EXCLUDES = ["/runs/", "/.venv/", "/.git/", "/mlruns/", "*.tar", "*.safetensors", "__pycache__"]
+CACHES = ["/.mypy_cache/", "/.pytest_cache/", "/.ruff_cache/", "__pycache__"]
+EXCLUDES = ["/runs/", "/.venv/", "/.git/", "/mlruns/", "*.tar", "*.safetensors", *CACHES]
 POLL_SECONDS = 1.0
 EXIT_PREEMPTED = 75
 AGENT_SECONDS = 90.0
