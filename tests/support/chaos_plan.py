@@ -141,7 +141,7 @@ def changing_schedule() -> list[Fault]:
     """
     rows = [
         replace(TRACKER, stage=0, step=2),
-        Fault("out of memory", "allocate", "memory", stage=0, step=5, says="not enough memory", facts={"rows": 2}),
+        Fault("out of memory", "allocate", "memory", stage=0, step=5, says="allocate memory", facts={"rows": 2}),
         Fault("non-finite gradient, rollback", "poison", "gradient", stage=1, step=7, says="rollback"),
         Fault("loss spike, skip", "spike", "loss", stage=2, step=20, says="skip", facts={"nats": 1000.0}),
     ]
