@@ -138,19 +138,28 @@ def _settings(line: VariantLine) -> dict[str, Any]:
 
 
 def _default_sentence(lines: Sequence[VariantLine], reference: VariantLine | None) -> str:
-    """Which way of EWC alone is the best of those within both limits, and whether it is the package's default."""
+    """Which way of EWC alone is the best of those within both limits, and whether it is the package's default.
+
+    Ways whose end loss is within one standard deviation of the lowest count as equal; the one that learns best is named.
+    """
     compared = [(line, _shares(line, reference)) for line in lines if line.continual.method == "ewc"]
     within = [line for line, shares in compared if shares is not None and _is_kept(shares) and _is_learned(shares)]
     if not within:
         return "No way of EWC alone is within both limits: the default stays."
-    best = min(within, key=lambda line: _mean(line.end_loss))
+    lowest = min(within, key=lambda line: _mean(line.end_loss))
+    bound = _mean(lowest.end_loss) + _deviation(lowest.end_loss)
+    equal = [line for line in within if _mean(line.end_loss) <= bound]
+    best = min(equal, key=lambda line: _mean(line.learning_loss or []))
     default = ContinualConfig()
     mine = (best.continual.fisher.estimator, best.continual.application)
     theirs = (default.fisher.estimator, default.application)
     named = f"estimator `{mine[0]}`, application `{mine[1]}`"
+    ways = ", ".join(f"`{line.variant}`" for line in within)
+    others = ", ".join(f"`{line.variant}`" for line in equal if line is not best)
     return (
-        f"Of the ways of EWC alone that are within both limits ({', '.join(line.variant for line in within)}), `{best.variant}` "
-        f"has the lowest end loss ({_spread(best.end_loss)}): {named} should be the default, "
+        f"Of the ways of EWC alone that are within both limits ({ways}), `{best.variant}` is the best: end loss {_spread(best.end_loss)}"
+        + (f", equal within one standard deviation to that of {others}, and it learns better" if others else "")
+        + f". {named[0].upper()}{named[1:]} should be the default, "
         + ("and is." if mine == theirs else f"and the default is estimator `{theirs[0]}`, application `{theirs[1]}`.")
     )
 
@@ -194,8 +203,11 @@ def _verdict(line: VariantLine, reference: VariantLine | None) -> str:
 def _spread(values: Sequence[float] | None) -> str:
     if values is None:
         return "-"
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{_mean(values):.3f} +- {deviation:.3f}"
+    return f"{_mean(values):.3f} +- {_deviation(values):.3f}"
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _mean(values: Sequence[Any]) -> float:

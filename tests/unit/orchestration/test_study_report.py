@@ -39,12 +39,22 @@ def test_verdicts_compare_forgetting_and_learning_with_the_reference() -> None:
 
 
 def test_the_best_way_within_both_limits_is_named_and_set_beside_the_default() -> None:
-    kept, better = ewc("kept", DEFAULT, 3.0, 2.08, 1.0), ewc("better", OTHER, 2.8, 2.08, 0.9)
+    kept, better = ewc("kept", DEFAULT, 3.0, 2.08, 1.0), ewc("better", OTHER, 2.7, 2.08, 0.9)
     replay = line("replay", 2.0, 2.0, 0.0, method="replay")
     outside = ewc("outside", OTHER, 2.5, 2.2, 0.1)
     text = study_markdown(STUDY, [NONE, kept, better, outside, replay])
-    assert "(kept, better), `better`" in text and f"the default is estimator `{DEFAULT}`" in text
-    assert f"`{DEFAULT}`, application `coupled` should be the default, and is." in study_markdown(STUDY, [NONE, kept])
+    assert "(`kept`, `better`), `better` is the best" in text and f"the default is estimator `{DEFAULT}`" in text
+    assert f"Estimator `{DEFAULT}`, application `coupled` should be the default, and is." in study_markdown(
+        STUDY, [NONE, kept]
+    )
+
+
+def test_of_equal_ways_the_one_that_learns_best_is_named() -> None:
+    lowest, near = ewc("lowest", OTHER, 2.90, 2.09, 0.9), ewc("near", DEFAULT, 3.0, 2.02, 1.0)
+    text = study_markdown(STUDY, [NONE, lowest, near])
+    assert (
+        "`near` is the best: end loss 3.000 +- 0.141, equal within one standard deviation to that of `lowest`" in text
+    )
 
 
 def test_no_way_within_both_limits_changes_no_default() -> None:
