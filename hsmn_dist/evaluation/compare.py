@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hsmn_dist.evaluation.figures import draw_forgetting, draw_matrix, new_figure, save_figure
+from hsmn_dist.evaluation.figures import draw_forgetting, draw_matrix, matrix_bounds, new_figure, save_figure
 from hsmn_dist.evaluation.markdown import markdown_table
 from hsmn_dist.evaluation.scorecard import Scorecard
 from hsmn_dist.foundation.errors import DataError
@@ -87,8 +87,9 @@ def comparison_figure(cards: Sequence[Scorecard], labels: Sequence[str], path: P
     """A column for each run: heat map of the losses above, forgetting over the stages below."""
     figure = new_figure(4.6 * len(cards), 7.6)
     axes = figure.subplots(2, len(cards), squeeze=False)
+    bounds = matrix_bounds(cards, is_loss=True)  # one scale of colours, or the heat maps could not be compared
     for column, (card, label) in enumerate(zip(cards, labels, strict=True)):
-        draw_matrix(axes[0][column], card, is_loss=True)
+        draw_matrix(axes[0][column], card, is_loss=True, bounds=bounds)
         axes[0][column].set_title(label, fontsize=10)
         draw_forgetting(axes[1][column], card, is_loss=True)
     low = min(axis.get_ylim()[0] for axis in axes[1])

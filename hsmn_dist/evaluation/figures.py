@@ -38,14 +38,27 @@ def save_figure(figure: Any, path: Path) -> Path:
     return path
 
 
-def draw_matrix(axes: Any, card: Scorecard, is_loss: bool) -> None:
-    """Heat map of task (column) after stage (row); a cell that was not measured is hatched and says so."""
+def matrix_rows(card: Scorecard, is_loss: bool) -> list[tuple[str, list[float | None]]]:
+    """Names and cells of a heat map's rows: before training, if it was measured, and after every stage."""
     matrix = card.loss_matrix if is_loss else card.score_matrix
     baseline = card.baseline_losses if is_loss else card.baseline_scores
     rows = [("before", baseline)] if any(value is not None for value in baseline) else []
-    rows += [(f"after {stage.name}", row) for stage, row in zip(card.stages, matrix, strict=True)]
-    known = [value for _, row in rows for value in row if value is not None]
-    low, high = (min(known), max(known)) if known and is_loss else (0.0, 1.0)
+    return rows + [(f"after {stage.name}", row) for stage, row in zip(card.stages, matrix, strict=True)]
+
+
+def matrix_bounds(cards: Sequence[Scorecard], is_loss: bool) -> tuple[float, float]:
+    """The least and largest value that the colours of these cards' heat maps must tell apart."""
+    known = [value for card in cards for _, row in matrix_rows(card, is_loss) for value in row if value is not None]
+    return (min(known), max(known)) if known and is_loss else (0.0, 1.0)
+
+
+def draw_matrix(axes: Any, card: Scorecard, is_loss: bool, bounds: tuple[float, float] | None = None) -> None:
+    """Heat map of task (column) after stage (row); a cell that was not measured is hatched and says so.
+
+    `bounds` are the values of the first and last colour; None: those of this card.
+    """
+    rows = matrix_rows(card, is_loss)
+    low, high = bounds or matrix_bounds([card], is_loss)
     values = [[float("nan") if value is None else value for value in row] for _, row in rows]
     image = axes.imshow(
         values,
@@ -84,7 +97,8 @@ def draw_forgetting(axes: Any, card: Scorecard, is_loss: bool) -> None:
         axes.plot(
             [x for x, _ in own], [y for _, y in own], marker="o", linestyle="", color=line.get_color(), markersize=9
         )
-    axes.set_xticks(range(len(matrix) + 1), ["before", *[stage.name for stage in card.stages]], fontsize=8)
+    names = ["before", *[stage.name for stage in card.stages]]
+    axes.set_xticks(range(len(names)), names, rotation=20 if len(names) > 3 else 0, fontsize=8)
     axes.set_ylabel("nats per token" if is_loss else "percent", fontsize=8)
     axes.set_title("each task over the stages (large dot: its own stage)", fontsize=10)
     axes.grid(alpha=0.3)

@@ -9,6 +9,7 @@ import pytest
 
 from hsmn_dist.continual.transfer import transfer_metrics
 from hsmn_dist.evaluation.compare import compare_scorecards, write_comparison
+from hsmn_dist.evaluation.figures import matrix_bounds
 from hsmn_dist.evaluation.scorecard import Scorecard, StageLine
 from hsmn_dist.foundation.errors import DataError
 
@@ -51,6 +52,15 @@ def test_three_files_are_written_and_what_is_missing_says_so(tmp_path: Path) -> 
     assert (tmp_path / "out" / "comparison.md").read_text() == markdown
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["tasks"] == ["first", "second"]
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_heat_maps_side_by_side_share_one_scale_of_colours() -> None:
+    assert matrix_bounds([NONE, EWC], is_loss=True) == (1.0, 5.0)
+    assert matrix_bounds([EWC], is_loss=True)[1] == 5.0
+    assert matrix_bounds([card("x", [[None, None]])], True) == (
+        0.0,
+        1.0,
+    )
 
 
 def test_runs_that_cannot_be_compared_are_refused() -> None:
