@@ -24,7 +24,7 @@ pytest.importorskip("flask_wtf", reason="MLflow's accounts are not installed (ml
 
 from tests.support.postgres import Postgres, postgres_server  # noqa: E402
 from tests.support.ray_cluster import free_ports  # noqa: E402
-from tests.support.whole_job import DEMO, command_line, settings  # noqa: E402
+from tests.support.whole_job import command_line, one_stage  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 START = ROOT / "cluster" / "mlflow" / "start.sh"
@@ -164,9 +164,10 @@ def test_a_run_is_served_with_an_account_and_outlives_a_restart(tmp_path: Path) 
             assert not commands_with(password) and not commands_with(database.uri)
             account = environment(tmp_path, MLFLOW_TRACKING_USERNAME="admin", MLFLOW_TRACKING_PASSWORD=password)
             run_root = tmp_path / "runs"
-            changes = [f"tracking.uri={team.uri}", f"run_root={run_root}", "cluster.ranks_per_node=1"]
-            command = command_line("run", str(DEMO["hsmn"]), "--quiet", "--launcher", "inline", *settings(*changes))
-            done = subprocess.run(command, env=account, cwd=ROOT, capture_output=True, text=True, timeout=300)
+            changes = ["tracking.backend=mlflow", f"tracking.uri={team.uri}", f"run_root={run_root}"]
+            config = one_stage(tmp_path, *changes, "cluster.ranks_per_node=1", "tracking.finish_timeout_seconds=120")
+            command = command_line("run", str(config), "--quiet", "--launcher", "inline")
+            done = subprocess.run(command, env=account, cwd=ROOT, capture_output=True, text=True, timeout=500)
             assert done.returncode == 0, done.stderr[-3000:]
             before = metrics(team, account)
             assert before.count("FINISHED") >= 2 and "figures" in before

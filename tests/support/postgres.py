@@ -23,7 +23,7 @@ from tests.support.ray_cluster import free_ports
 
 def postgres_programs() -> Path:
     """Folder of initdb and postgres; skips where there is none."""
-    pytest.importorskip("psycopg2", reason="PostgreSQL's driver is not installed (psycopg2-binary)")
+    pytest.importorskip("psycopg", reason="PostgreSQL's driver is not installed (psycopg[binary])")
     on_path = shutil.which("initdb")
     folders = [Path(on_path).parent] if on_path else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     for folder in reversed(folders):
@@ -95,13 +95,13 @@ def postgres_server() -> Iterator[Postgres]:
 
 
 def _wait(uri: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    import psycopg2
+    import psycopg
 
     deadline = time.monotonic() + 60
     while True:
         try:
-            psycopg2.connect(uri, connect_timeout=5).close()
+            psycopg.connect(uri, connect_timeout=5).close()
             return
-        except psycopg2.OperationalError:
+        except psycopg.OperationalError:
             assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
             time.sleep(0.2)
