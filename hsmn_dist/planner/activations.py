@@ -9,6 +9,7 @@ Source: the method of Korthikanti et al. 2022, arXiv 2205.05198, section 4, appl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from hsmn_dist.config.models import HopeConfig, HsmnConfig, HsmnHopeConfig, ModelConfig
 from hsmn_dist.planner.flops import Lengths, encoded_chunks, num_chunks
@@ -47,7 +48,7 @@ class Activations:
         block_inputs: kept by each block when it is recomputed.
         outside: kept outside the blocks (embedding, tree).
         logits: most that head and loss hold at once (log-softmax, and its gradient twice).
-        working: short-lived tensors of a block's backward pass.
+        workings: short-lived tensors of each block's backward pass.
         shared: kept by each block once for the whole micro-batch.
     """
 
@@ -55,20 +56,29 @@ class Activations:
     block_inputs: tuple[float, ...]
     outside: float
     logits: float
-    working: float
+    workings: tuple[float, ...]
     shared: float = 0.0
+
+    @property
+    def working(self) -> float:
+        """The largest of the workings."""
+        return max(self.workings)
 
     def peak(self, activation_checkpointing: str, examples: int) -> float:
         """Most bytes that a micro-batch holds at one moment."""
         step = {"none": 0, "every_block": 1, "every_second_block": 2}[activation_checkpointing]
         blocks = [examples * size + self.shared for size in self.blocks]
-        logits, working, outside = (examples * size for size in (self.logits, self.working, self.outside))
-        if not step:
-            return sum(blocks) + outside + max(logits, working)
+        workings = [examples * size for size in self.workings]
+        logits, outside = examples * self.logits, examples * self.outside
+        if not step:  # when a block's turn comes in the backward pass, those behind it are gone
+            held = accumulate(blocks)
+            return outside + max(
+                sum(blocks) + logits, *(size + extra for size, extra in zip(held, workings, strict=True))
+            )
         chosen = range(0, len(blocks), step)
         plain = sum(size for index, size in enumerate(blocks) if index not in chosen)
         inputs = examples * sum(self.block_inputs[index] for index in chosen)
-        recomputed = max(blocks[index] for index in chosen) + working
+        recomputed = max(blocks[index] + workings[index] for index in chosen)
         return plain + inputs + outside + max(logits, recomputed)
 
 
@@ -110,9 +120,8 @@ def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations
         norms = rows * 2 * d * size + queries * 2 * d * size
         attention = 2 * rows * d * size + 3 * queries * d * size + queries * heads * FP32
         inner = _feed_forward(queries, f, storage, is_gelu)
-        if recompute == "feed_forward":  # one group at a time has them
-            norms -= queries * d * size
-            inner = 0
+        if recompute == "sublayers":  # one group at a time has the rest
+            return chunks * (rows * d * size + queries * d * size + masks)
         return chunks * (norms + attention + masks + inner)
 
     masks = 3 * d * storage.mask if config.decoder_dropout > 0 else 0
@@ -138,9 +147,13 @@ def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations
     dropout += target * d * storage.mask if config.decoder_dropout > 0 else 0
     outside = chunks * 2 * d * size + tree + nodes * d * size + 2 * target * d * size + embedded + dropout
     logits = logits_bytes(target, config.vocab_size, storage)
-    working = max(group * rows, target) * (2 * f + 4 * d) * size
+    wide = (2 * f + 2 * d) * size  # the gradients on both sides of the activation function, and two of the stream
+    workings = [float(group * rows * wide)] * (config.num_encoder_layers - 1) + [
+        float(group * (wide + rows * 4 * d * size))
+    ]
+    workings += [float(target * wide)] * config.num_decoder_layers
     blocks = (*encoder, *(float(decoder) + memory for memory in memories))
-    return Activations(blocks, tuple(inputs), float(outside), logits, float(working), shared)
+    return Activations(blocks, tuple(inputs), float(outside), logits, tuple(workings), shared)
 
 
 def _hope(config: HopeConfig, lengths: Lengths, storage: Storage) -> Activations:
@@ -160,12 +173,12 @@ def _hope(config: HopeConfig, lengths: Lengths, storage: Storage) -> Activations
     inputs = float(tokens * d * size)
     outside = tokens * (d * size if config.dropout > 0 else 8) + lengths.target_tokens * d * storage.rms_norm
     logits = logits_bytes(lengths.target_tokens, config.vocab_size, storage)
-    working = tokens * (2 * config.d_feed_forward + 4 * d) * size
+    workings = (float(tokens * (2 * config.d_feed_forward + 2 * d) * size),) * config.num_layers
     layers = config.num_layers
     shared = _decay_table(config, tokens) if config.uses_cms else 0.0
     memories = [_continuum(config, index, tokens, size) if config.uses_cms else 0.0 for index in range(layers)]
     blocks = tuple(float(block) + memory for memory in memories)
-    return Activations(blocks, (inputs,) * layers, float(outside), logits, float(working), shared)
+    return Activations(blocks, (inputs,) * layers, float(outside), logits, workings, shared)
 
 
 def _decay_table(config: HopeConfig | HsmnHopeConfig, tokens: int) -> float:

@@ -17,7 +17,7 @@ VARIANTS = [
     {"activation": "gelu", "attention_span_tokens": 3},
     {"num_encoder_layers": 1, "chunk_stride": 6, "min_chunks": 3},
     {"encoder_group_chunks": 2},
-    {"encoder_group_chunks": 2, "encoder_recompute": "feed_forward"},
+    {"encoder_group_chunks": 2, "encoder_recompute": "sublayers"},
     {"encoder_group_chunks": 2, "encoder_recompute": "none"},
 ]
 

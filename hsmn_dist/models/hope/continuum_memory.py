@@ -117,9 +117,9 @@ class ContinuumMemory(nn.Module):
             t.reshape(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
             for t in self.project(x).chunk(3, -1)
         )
-        query = query * self.head_dim**-0.5
         gates = self.gate(x).reshape(batch, tokens, self.num_heads, len(self.taus)).transpose(1, 2)
-        gates = torch.softmax(gates, -1, dtype=torch.promote_types(gates.dtype, torch.float32))
+        # The scale of the scores goes into the gates, which hold M numbers a head where a query holds K.
+        gates = torch.softmax(gates, -1, dtype=torch.promote_types(gates.dtype, torch.float32)) * self.head_dim**-0.5
         decays = torch.tensor(self.taus, device=x.device, dtype=gates.dtype)
         num_tokens = None
         if self.corrects_bias or returns_state:

@@ -90,18 +90,26 @@ def _training_reads(
     """
     size = query.shape[-2]
     is_fast, window = _fast_modules(inputs.reaches or (2**31,) * len(inputs.decays), size)
-    slow = [m for m, fast in enumerate(is_fast) if not fast]
+    fast, slow = ([m for m, is_one in enumerate(is_fast) if is_one is wanted] for wanted in (True, False))
+    near, far = _divided(gains, fast, slow)
     # Padding and whole products, not slices: the backward pass of a slice fills the full tensor with zeros.
     if window:
-        fast = [m for m in range(len(is_fast)) if is_fast[m]]
-        seen = _window_reads(query, key, value, gains[..., fast], inputs, powers[fast], inputs.scales[fast], window)
+        seen = _window_reads(query, key, value, near, inputs, powers[fast], inputs.scales[fast], window)
         reads = reads + torch.nn.functional.pad(seen, (0, 0, 0, size - window, 1, 0))
     if slow:
         some = replace(inputs, decays=inputs.decays[slow], scales=inputs.scales[slow])
         carried, _ = _carry(key, value, some, None, layout, powers[slow], False)
         assert carried is not None
-        reads = reads + _outer_reads(query, gains[..., slow], carried, some, layout, powers[slow])
+        reads = reads + _outer_reads(query, far, carried, some, layout, powers[slow])
     return reads.flatten(2, 3)
+
+
+def _divided(gains: Tensor, fast: list[int], slow: list[int]) -> tuple[Tensor, Tensor]:
+    """Gains of the fast and of the slow modules; cut once where the fast ones come first, which is cheaper than picking."""
+    if [*fast, *slow] == list(range(gains.shape[-1])):
+        near, far = gains.split([len(fast), len(slow)], -1)
+        return near, far
+    return gains[..., fast], gains[..., slow]
 
 
 def _fast_modules(reaches: tuple[int, ...], size: int) -> tuple[list[bool], int]:

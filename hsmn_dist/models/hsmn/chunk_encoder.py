@@ -8,6 +8,7 @@ Source: HSMN paper, ChunkEncoder; recomputing: Chen et al. 2016, arXiv 1604.0617
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,7 +35,7 @@ class EncoderGroups:
     """How many chunks are encoded at a time (0: all of them), and what a group computes again in the backward pass."""
 
     num_chunks: int = 0
-    recompute: Literal["none", "feed_forward", "all"] = "all"
+    recompute: Literal["none", "sublayers", "all"] = "all"
 
 
 class _GatheredRows(torch.autograd.Function):
@@ -81,28 +82,30 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.is_pre_norm = is_pre_norm
 
-    def forward(self, x: Tensor, key_mask: Tensor, num_rows: int, recomputes_inner: bool = False) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor, num_rows: int, recomputes_sublayers: bool = False) -> Tensor:
         """From x [R, S + 1, D] and key_mask [R, 1, 1, S + 1] -> the first `num_rows` positions, [R, num_rows, D].
 
-        With `recomputes_inner` the feed-forward's inner activations are computed again in the backward pass.
+        With `recomputes_sublayers` only what stands between the sublayers is kept for the backward pass.
         """
-        if self.is_pre_norm:
-            normed = self.attention_norm(x)
-            read = self.attention(normed[:, :num_rows], normed, mask=key_mask)
-            x = x[:, :num_rows] + self.dropout(read)
-            return x + self.dropout(self._fed_forward(x, recomputes_inner))
-        read = self.attention(x[:, :num_rows], x, mask=key_mask)
-        x = self.attention_norm(x[:, :num_rows] + self.dropout(read))
-        return self.feed_forward_norm(x + self.dropout(self._fed_forward(x, recomputes_inner)))
+        is_lean = recomputes_sublayers and torch.is_grad_enabled()
+        read = _recomputed(self._attended, x, key_mask, num_rows) if is_lean else self._attended(x, key_mask, num_rows)
+        x = x[:, :num_rows] + self.dropout(read)
+        x = x if self.is_pre_norm else self.attention_norm(x)
+        fed = _recomputed(self._fed_forward, x) if is_lean else self._fed_forward(x)
+        x = x + self.dropout(fed)
+        return x if self.is_pre_norm else self.feed_forward_norm(x)
 
-    def _fed_forward(self, x: Tensor, recomputes_inner: bool) -> Tensor:
-        if recomputes_inner and torch.is_grad_enabled():
-            # The recomputation stops before the outer map, whose result nobody needs a second time.
-            return checkpoint(self._feed_forward_branch, x, use_reentrant=False, preserve_rng_state=False)
-        return self._feed_forward_branch(x)
+    def _attended(self, x: Tensor, key_mask: Tensor, num_rows: int) -> Tensor:
+        x = self.attention_norm(x) if self.is_pre_norm else x
+        return self.attention(x[:, :num_rows], x, mask=key_mask, always_sees=True)  # the CLS token at least
 
-    def _feed_forward_branch(self, x: Tensor) -> Tensor:
+    def _fed_forward(self, x: Tensor) -> Tensor:
         return self.feed_forward(self.feed_forward_norm(x) if self.is_pre_norm else x)
+
+
+def _recomputed(sublayer: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """A sublayer without randomness; its recomputation stops before the last map, whose result nobody needs again."""
+    return checkpoint(sublayer, *arguments, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
 class ChunkEncoder(nn.Module):
@@ -170,12 +173,12 @@ class ChunkEncoder(nn.Module):
 
     def _encode(self, embedded: Tensor, mask: Tensor, owners: Tensor | None) -> Tensor:
         num_chunks, chunk_size, _ = embedded.shape
-        recomputes_inner = self.groups.num_chunks > 0 and self.groups.recompute == "feed_forward"
+        recomputes_sublayers = self.groups.num_chunks > 0 and self.groups.recompute == "sublayers"
         with announced_rows(owners):
             positions = torch.arange(chunk_size + 1, device=mask.device).expand(num_chunks, -1)
             x = self.dropout(F.pad(embedded, (0, 0, 1, 0)) + self.position_embedding(positions))  # [R, S + 1, D]
             key_mask = F.pad(mask, (1, 0), value=True)[:, None, None, :]
             last = len(self.layers) - 1
             for number, layer in enumerate(self.layers):
-                x = layer(x, key_mask, 1 if number == last else chunk_size + 1, recomputes_inner)
+                x = layer(x, key_mask, 1 if number == last else chunk_size + 1, recomputes_sublayers)
             return self.final_norm(x[:, 0])  # [R, D]

@@ -16,7 +16,14 @@ from hsmn_dist.models.layers.kv_cache import LayerCache
 from hsmn_dist.models.layers.rotary import RotaryTable, rotate
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    always_sees: bool = False,
+) -> Tensor:
     """Softmax attention.
 
     Args:
@@ -25,12 +32,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
         value: [B, H, N, K].
         mask: bool, broadcastable to [B, H, T, N], True where attention is allowed; None allows everything.
         is_causal: query t sees keys 0..t (only with equal lengths and without `mask`).
+        always_sees: the caller knows that no row of `mask` is False throughout; saves a copy of the result.
 
     Returns:
         [B, H, T, K]; zeros for a query whose mask row is False throughout.
     """
-    if mask is None:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+    if mask is None or always_sees:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal and mask is None)
     sees_any = mask.any(dim=-1, keepdim=True)
     # A softmax over nothing is NaN forward or backward on some kernels: let such rows see all, then zero what they read.
     read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask | ~sees_any)
@@ -90,6 +98,7 @@ class Attention(nn.Module):
         rotary: RotaryTable | None = None,
         cache: LayerCache | None = None,
         span: int = 0,
+        always_sees: bool = False,
     ) -> Tensor:
         """Attention of x over `source`, or over x itself.
 
@@ -101,6 +110,7 @@ class Attention(nn.Module):
             rotary: tables for the positions of x (self-attention only).
             cache: earlier keys and values of this layer; x's are appended to it (self-attention only).
             span: with `is_causal`, tokens back (itself included) that a token sees; 0 for all.
+            always_sees: as in `attend`.
 
         Returns:
             [B, T, D].
@@ -118,4 +128,4 @@ class Attention(nn.Module):
                 causal = causal_mask(num_queries, num_keys, x.device, span)
                 mask = causal if mask is None else mask & causal
             is_causal = False
-        return self.output(self._merge(attend(query, key, value, mask, is_causal)))
+        return self.output(self._merge(attend(query, key, value, mask, is_causal, always_sees)))
