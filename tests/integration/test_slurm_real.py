@@ -170,7 +170,7 @@ def test_a_cancelled_job_leaves_no_process_and_is_not_queued_again(folder: Path)
     wait_until(lambda: trains(folder, "cancelled", 0, 5))
     assert ray_processes(job)
     subprocess.run(["scancel", job], check=True)
-    wait_until(lambda: state(job) not in WAITING, 120)
+    wait_until(lambda: state(job) not in WAITING, 240)
     assert state(job) == "CANCELLED"
     wait_until(lambda: ray_processes(job) == [], 60)
     assert not Path(f"/tmp/r{job}").exists()

@@ -45,7 +45,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
-KillWait=30
+KillWait=90
 MinJobAge=3600
 SlurmdTimeout=60
 InactiveLimit=0
