@@ -51,7 +51,7 @@ def add_squares(uses: Sequence[Use], num_slots: int, total: Tensor) -> None:
     outer = [use for use in uses if isinstance(use.contribution, Outer)]
     scatter = [use for use in uses if isinstance(use.contribution, Scatter)]
     if dense and not (outer or scatter):
-        total.add_(_slot_sums(dense, num_slots, total).square_().sum(0).view(total.shape))
+        total.add_(_slot_sums(dense, num_slots, total).square().sum(0).view(total.shape))
     elif scatter and not (outer or dense):
         _add_scatter_squares(scatter, total)
     elif len(outer) == 1 and not (scatter or dense) and outer[0].owners is None:
@@ -71,6 +71,9 @@ def slot_sums(use: Use, num_slots: int) -> Tensor:
 
 
 def _slot_sums(uses: Sequence[Use], num_slots: int, total: Tensor) -> Tensor:
+    """[num_slots, elements]; of one use it may share the memory of its values."""
+    if len(uses) == 1:
+        return slot_sums(uses[0], num_slots).reshape(num_slots, -1).to(total.dtype)
     sums = total.new_zeros((num_slots, total.numel()))
     for use in uses:
         sums.add_(slot_sums(use, num_slots).reshape(num_slots, -1))
