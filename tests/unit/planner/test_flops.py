@@ -54,6 +54,7 @@ def test_a_short_context_still_pays_for_its_smallest_number_of_chunks() -> None:
     assert forward_flops(config, Lengths(1, 8)).total < forward_flops(config, Lengths(40, 8)).total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hope_self_modifying", "hope_linear", "hope_chain"])
 def test_long_rows_are_extended_from_short_ones_without_error(name: str) -> None:
     config = MODELS[name]
