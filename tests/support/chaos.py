@@ -53,6 +53,7 @@ STALL_SECONDS = 45
 """A rank that stands still is found after so long; longer than a start takes on a busy machine."""
 STAGES = ("word_problems", "stdlib_code", "passkey")
 PHASES = ("prepare", "baseline", "train", "fisher", "export", "evaluate", "done")
+ONE_RANK = {"training.engine": "local", "cluster.ranks_per_node": 1}
 SITE = '''"""Every Python process of a run under chaos imports this."""
 import sys
 sys.path.append({root!r})
@@ -340,12 +341,12 @@ def table(chaos: Chaos) -> list[dict[str, Any]]:
     return rows
 
 
-def same_bits(folder: Path, services: Services, faults: list[Fault], num_steps: int) -> dict[str, Any]:
+def same_bits(folder: Path, services: Services, faults: list[Fault], is_short: bool) -> dict[str, Any]:
     """The main part: a disturbed run ends with the bits of the undisturbed one."""
-    config = settings(num_steps, **{"tracking.backend": "none"})
-    undisturbed = undisturbed_run(folder, config)
+    changes: dict[str, Any] = {"tracking.backend": "none", **(ONE_RANK if is_short else {})}
+    num_steps = 12 if is_short else NUM_STEPS
+    undisturbed = undisturbed_run(folder, settings(num_steps, **changes))
     uses_store = any(fault.action == "break_store" for fault in faults)
-    changes: dict[str, Any] = {"tracking.backend": "none"}
     if uses_store:
         source = Path(read_json(undisturbed.prepared)["folders"]["passkey"])
         shutil.copytree(source, services.folder / "store" / "passkey", dirs_exist_ok=True)
@@ -431,7 +432,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=Path("runs/chaos"))
-    parser.add_argument("--short", action="store_true", help="a few faults, without Ray, tracker and object store")
+    parser.add_argument("--short", action="store_true", help="a few faults on one rank")
     parser.add_argument("--fresh", action="store_true", help="forget an interrupted session")
     arguments = parser.parse_args(words)
     folder: Path = arguments.folder.resolve()
@@ -444,11 +445,11 @@ def main(words: Sequence[str] | None = None) -> None:
     has_own_disk = mount_disk(folder / "disk", DISK_BYTES)
     services = Services(folder, folder / "disk", has_own_disk)
     parts: dict[str, Callable[[Path], dict[str, Any]]] = {
-        "bits": lambda place: same_bits(place, services, full_schedule(arguments.seed), NUM_STEPS),
+        "bits": lambda place: same_bits(place, services, full_schedule(arguments.seed), False),
         "numbers": lambda place: other_numbers(place, services),
     }
     if arguments.short:
-        parts = {"bits": lambda place: same_bits(place, services, short_schedule(arguments.seed), 12)}
+        parts = {"bits": lambda place: same_bits(place, services, short_schedule(arguments.seed), True)}
     try:
         for name, part in parts.items():
             (folder / name).mkdir(exist_ok=True)

@@ -126,11 +126,11 @@ def full_schedule(seed: int) -> list[Fault]:
 
 
 def short_schedule(seed: int) -> list[Fault]:
-    """A few faults for the quick tests: one of each way in which a run goes on."""
+    """A few faults for the quick tests, on one rank: one of each way in which a run goes on."""
     draw = random.Random(seed)
-    rows = _spread([killed(1), TERM], 0, draw, first_step=4, last_step=10)
+    rows = _spread([killed(0), TERM], 0, draw, first_step=4, last_step=10)
     rows += _spread([during_save("manifest_written", "during"), NAN], 1, draw, first_step=2, last_step=10)
-    rows += _spread([TRUNCATED, STRAGGLER], 2, draw, first_step=7, last_step=11)
+    rows += _spread([TRUNCATED, DISK], 2, draw, first_step=7, last_step=9)
     return _numbered(rows)
 
 
