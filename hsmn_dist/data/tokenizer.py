@@ -21,6 +21,7 @@ PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, UNK)
 NUM_SPECIAL = len(SPECIAL_TOKENS)
 TOKENIZER_NAME = "tokenizer.json"
+LARGEST_ID = 1 << 24
 
 
 class Tokenizer(Protocol):
@@ -131,7 +132,9 @@ class BpeTokenizer:
         from tokenizers import Tokenizer as Inner
 
         try:
-            return cls(Inner.from_str(path.read_text(encoding="utf-8")))
+            text = path.read_text(encoding="utf-8")
+            _check_ids(json.loads(text))
+            return cls(Inner.from_str(text))
         except Exception as error:  # the library raises plain Exception for any bad file
             raise DataError(
                 f"{path}: no tokenizer can be read from it ({error})",
@@ -162,6 +165,15 @@ class BpeTokenizer:
     def save(self, path: Path) -> None:
         """Write the library's own JSON."""
         write_text(path, self._inner.to_str())
+
+
+def _check_ids(value: Any) -> None:
+    """Refuse ids beyond any vocabulary: the library walks from 0 to the largest, so one huge id costs it minutes."""
+    vocab = value["model"].get("vocab")
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    ids += [token["id"] for token in value.get("added_tokens") or []]
+    if not all(type(number) is int and 0 <= number < LARGEST_ID for number in ids):
+        raise ValueError(f"a token id that is no whole number below {LARGEST_ID}")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -249,6 +249,8 @@ def test_tokenizer_files_of_a_stranger_run_nothing_and_are_refused_in_words(
         b'{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": {"type": "Python"}}',
         b"\xff\xfe",
         b"",
+        # The library walks over all ids up to the largest: half a minute, found by the fuzzer.
+        b'{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0, "b": 4294967290}, "merges": []}}',
     ]
     for content in contents:
         path.write_bytes(content)
