@@ -63,6 +63,8 @@ def _texts(value: Any, path: KeyPath) -> list[tuple[KeyPath, str]]:
     if isinstance(value, list):
         return [pair for index, inner in enumerate(value) for pair in _texts(inner, (*path, str(index)))]
     return [(path, value)] if isinstance(value, str) else []
+
+
 def _check_elastic(config: RunConfig, where: Where) -> None:
     cluster, training = config.cluster, config.training
     if not cluster.num_workers:
