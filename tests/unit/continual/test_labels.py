@@ -68,7 +68,13 @@ def test_signs_are_plus_or_minus_one_and_balanced() -> None:
 
 @pytest.mark.parametrize("estimator", ["empirical", "signed_sum", "microbatch"])
 def test_data_estimators_use_the_plain_loss(estimator) -> None:
-    assert target_loss(estimator, 0, torch.zeros(1)) is cross_entropy
+    rows, labels = torch.arange(3), torch.tensor([1, 0, 3])
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    loss = target_loss(estimator, 0, torch.zeros(3))
+    assert torch.equal(loss(logits, labels, rows, rows), cross_entropy(logits, labels, rows, rows))
+    exact = loss(logits.double(), labels, rows, rows)
+    assert exact.dtype == torch.float64, "float64 models keep their precision here"
+    torch.testing.assert_close(exact.float(), loss(logits, labels, rows, rows))
 
 
 def test_reversed_logits_keep_a_gradient_where_the_model_is_certain() -> None:

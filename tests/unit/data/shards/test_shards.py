@@ -263,7 +263,7 @@ def test_a_damaged_index_is_a_data_error(folder: Path, content: str) -> None:
 def test_an_unknown_split_names_the_known_ones(folder: Path) -> None:
     with pytest.raises(DataError) as caught:
         SplitReader(folder, "dev")
-    assert caught.value.allowed == "train"
+    assert caught.value.allowed == "'train'"
 
 
 # Security: the rules of WDS_SECURE.
