@@ -32,9 +32,9 @@ def command(
     from hsmn_dist.orchestration.stage_runner import run_stages
 
     if ends_with_parent:
-        from hsmn_dist.orchestration import end_with_parent as process
+        from hsmn_dist.orchestration.end_with_parent import end_with_parent
 
-        process.end_with_parent(signal.SIGKILL)
+        end_with_parent(signal.SIGKILL)
     folder = RunFolder(run.resolve())
     if not folder.config.is_file():
         raise ConfigError(f"{run}: no config.yaml", allowed="a run folder", action="see `hsmn-dist runs list`")

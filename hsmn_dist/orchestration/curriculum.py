@@ -108,15 +108,7 @@ def run_curriculum(
         raise
     except HsmnError as error:
         kind, rank = classify(error).value, getattr(error, "rank", -1)
-        append_event(
-            folder.journal,
-            "run_failed",
-            attempt=run.attempt,
-            kind=kind,
-            rank=rank,
-            found=error.found,
-            action=error.action,
-        )
+        _note_end(run, "run_failed", kind=kind, rank=rank, found=error.found, action=error.action)
         raise
     finally:
         launcher.stop()

@@ -164,7 +164,8 @@ class LocalLauncher:
                     os.kill(member, signal.SIGKILL)
 
     def _command(self, specs: Sequence[StageSpec]) -> list[str]:
-        words = [sys.executable, "-m", "hsmn_dist.orchestration.end_with_parent", "torch.distributed.run"]
+        words = [sys.executable, "-m", "hsmn_dist.orchestration.end_with_parent", str(os.getpid())]
+        words += ["torch.distributed.run"]
         words += ["--nnodes", "1", "--nproc-per-node", str(self._cluster.ranks_per_node)]
         words += ["--max-restarts", str(self._cluster.max_failures)]
         words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]

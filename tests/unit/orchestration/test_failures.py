@@ -262,3 +262,17 @@ def test_a_full_disk_can_still_be_told(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("hsmn_dist.orchestration.failures.write_json", no_space)
     write_failure(place, record(FailureKind.DISK_FULL, 0))
     assert [item.kind for item in read_failures(tmp_path, "a")] == [FailureKind.DISK_FULL]
+
+
+def test_a_journal_that_takes_no_line_does_not_hide_the_failure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, launcher = curriculum_of(tmp_path, ["disk_full"])
+
+    def lose_the_journal(_: Run) -> None:
+        run.folder.journal.unlink()
+        run.folder.journal.mkdir()  # what is written to it fails, as on a full disk
+
+    with pytest.raises(StageFailed, match="disk_full"):
+        run_curriculum(run, launcher, lose_the_journal, nothing)
+    assert "the journal could not be written" in caplog.text
