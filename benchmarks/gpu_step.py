@@ -273,27 +273,30 @@ def parsed() -> argparse.Namespace:
     return arguments
 
 
+def refused(code: int, why: str) -> int:
+    """Say why nothing is measured; the exit code."""
+    print(f"gpu_step: {why}", file=sys.stderr)
+    return code
+
+
 def main() -> int:
     arguments = parsed()
     if arguments.engine == "deepspeed" and not torch.distributed.is_torchelastic_launched():
-        print(
-            "gpu_step: --engine deepspeed without a launcher; allowed: one process that torchrun started; "
+        return refused(
+            NO_LAUNCHER,
+            "--engine deepspeed without a launcher; allowed: one process that torchrun started; "
             "to do: torchrun --nproc-per-node 1 benchmarks/gpu_step.py --engine deepspeed ...",
-            file=sys.stderr,
         )
-        return NO_LAUNCHER
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        print(
-            "gpu_step: no CUDA device is visible to torch; allowed: a machine with an NVIDIA GPU and a CUDA build of torch; "
+        return refused(
+            NO_DEVICE,
+            "no CUDA device is visible to torch; allowed: a machine with an NVIDIA GPU and a CUDA build of torch; "
             "to do: run it there, or give --device cpu --tiny to see that the script works",
-            file=sys.stderr,
         )
-        return NO_DEVICE
     try:
         device, peak_flops = peak_flops_of(arguments)
     except PlanError as error:
-        print(f"gpu_step: {error}", file=sys.stderr)
-        return NO_DEVICE
+        return refused(NO_DEVICE, str(error))
     rows: list[dict[str, Any]] = []
     for family in arguments.families:
         for size in arguments.sizes:

@@ -60,9 +60,8 @@ def config_digest(config: RunConfig) -> str:
 
 def write_resolved(config: RunConfig, path: Path) -> None:
     """Write the resolved copy, defaults included, so that the run can be read and repeated."""
-    plain = redact_value(
-        config.model_dump(mode="json")
-    )  # a file cannot hold secrets (validate.py); a caller's object might
+    # A file cannot hold secrets (validate.py); a caller's object might.
+    plain = redact_value(config.model_dump(mode="json"))
     write_text(path, yaml.safe_dump(plain, sort_keys=False, width=120))
 
 

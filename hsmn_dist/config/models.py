@@ -64,7 +64,7 @@ class HsmnConfig(Section):
     encoder_recompute: Literal["none", "sublayers", "all"] = Field(
         "all",
         description="What groups of chunks compute again in the backward pass (without groups nothing): all keeps the memory "
-        "of very long contexts small for about a third more time, sublayers keeps what stands between the sublayers for a fifth.",
+        "of very long contexts small for about a third more time, sublayers keeps what stands between the sublayers for a fifth (by FLOPs; not timed yet).",
     )
     activation: Literal["relu", "gelu", "silu"] = Field("relu", description="Feed-forward activation.")
     norm_placement: Literal["pre", "post"] = Field(

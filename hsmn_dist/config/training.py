@@ -109,3 +109,7 @@ class TrainingConfig(Section):
     l2: float = Field(
         0.0, ge=0, description="Coefficient of sum(w^2) added to the loss as the original does (1e-6 there)."
     )
+
+    def data_ranks(self, world_size: int) -> int:
+        """Parts into which `world_size` ranks divide the examples: ranks of one context group share theirs."""
+        return max(1, world_size // self.context_parallel)

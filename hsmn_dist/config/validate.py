@@ -109,7 +109,7 @@ def _check_batch(config: RunConfig, where: Where) -> None:
             "one rank",
             "set cluster.ranks_per_node to 1, or use engine deepspeed",
         )
-    data_ranks = max(1, world_size // training.context_parallel)
+    data_ranks = training.data_ranks(world_size)
     unit = training.micro_batch_examples * data_ranks
     if training.global_batch_examples % unit:
         near = max(unit, round(training.global_batch_examples / unit) * unit)

@@ -2,8 +2,9 @@
 
 The first two have the columns of gsm8k and code_search_net and go through those preprocessors. `passkey` hides a fact in
 filler and asks for it (Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.3); `pair_recall` shows pairs and asks for one
-(Arora et al. 2023, arXiv 2312.04927); `text` cuts documents into a context and its continuation. What is unusual: row i is decided by (name or label, i) alone, so more examples never change the earlier
-ones, and the Python version enters only `stdlib_code`.
+(Arora et al. 2023, arXiv 2312.04927); `text` cuts documents into a context and its continuation. What is unusual: row i is
+decided by (name or label, i) alone, so more examples never change the earlier ones, and the Python version enters only
+`stdlib_code`.
 """
 
 from __future__ import annotations
@@ -226,25 +227,19 @@ def stdlib_code(dataset: DatasetConfig) -> Iterator[Row]:
 
 def passkey_examples(rows: Iterable[Row], skipped: SkipCounter) -> Iterator[Example]:
     """context, question, answer -> the text with the question behind it, the key alone as target."""
-    for row in rows:
-        answer = text(row, "answer")
-        yield Example(
-            context=f"{text(row, 'context')}\nQuestion: {text(row, 'question')}\nAnswer: ",
-            target=answer,
-            task="chat",
-            id=row_id(row),
-            group=row_id(row),
-            kind="exact_answer",
-            meta={"answer": answer},
-        )
+    return _asked(rows, "{context}\nQuestion: {question}\nAnswer: ")
 
 
 def pair_recall_examples(rows: Iterable[Row], skipped: SkipCounter) -> Iterator[Example]:
     """context, question, answer -> the pairs, the letter in question last of all, its digit as target."""
+    return _asked(rows, "{context}\n{question}")
+
+
+def _asked(rows: Iterable[Row], layout: str) -> Iterator[Example]:
     for row in rows:
         answer = text(row, "answer")
         yield Example(
-            context=f"{text(row, 'context')}\n{text(row, 'question')}",
+            context=layout.format(context=text(row, "context"), question=text(row, "question")),
             target=answer,
             task="chat",
             id=row_id(row),

@@ -80,10 +80,8 @@ def read_json(path: Path) -> Any:
     """Read a JSON file; a damaged one is a `CheckpointError` that names the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # no UTF-8, no JSON, a number of thousands of digits, nested too deeply
+    except (ValueError, RecursionError) as error:
+        # No UTF-8, no JSON, a number of thousands of digits, or nested too deeply.
         raise CheckpointError(
             f"{path}: not valid JSON ({error})",
             allowed="a file written whole by this program",

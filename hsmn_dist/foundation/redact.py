@@ -45,6 +45,7 @@ _SCHEME = re.compile(r"\b(?P<scheme>Bearer|Basic)\s+(?P<value>[A-Za-z0-9+/=._~\-
 _NUMBER = re.compile(r"[-+]?[0-9.][0-9.eE+\-_]*")
 
 
+@functools.lru_cache(maxsize=4096)  # each line of a log asks for every variable of the environment
 def is_secret_name(name: str) -> bool:
     """Whether a setting, header or variable of that name holds a secret: `hub_token` does, `num_tokens` and `token_file` do not."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()

@@ -1,7 +1,8 @@
 """TextModel: text in, log-likelihoods or text out; all that evaluation and a server see of a model.
 
 Unusual: requests are sorted by length and context before they are batched, a context that several targets of a batch share
-is read once, and answers come back in the order asked; a row's answer depends neither on its batch nor on that order. Contexts longer than `max_context_tokens` lose their oldest tokens.
+is read once, and answers come back in the order asked; a row's answer depends neither on its batch nor on that order.
+Contexts longer than `max_context_tokens` lose their oldest tokens.
 """
 
 from __future__ import annotations

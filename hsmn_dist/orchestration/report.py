@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hsmn_dist.config.load import config_digest
 from hsmn_dist.config.run import RunConfig
+from hsmn_dist.continual.transfer import transfer_metrics
 from hsmn_dist.data.contamination import ContaminationReport
 from hsmn_dist.data.shards.index import load_index
 from hsmn_dist.evaluation.figures import loss_figure, matrix_figure
@@ -65,14 +67,14 @@ def finished_results(config: RunConfig, folder: RunFolder) -> list[dict[str, Any
     return results
 
 
-def scorecard_of(folder: RunFolder, num_stages: int | None = None) -> Scorecard:
-    """The scorecard of what is finished of a run, or of its first `num_stages` stages.
+def scorecard_of(folder: RunFolder) -> Scorecard:
+    """The scorecard of what is finished of a run.
 
     Raises:
         CheckpointError: no stage is complete.
     """
     config = load_stored_config(folder)
-    results = finished_results(config, folder)[:num_stages]
+    results = finished_results(config, folder)
     if not results:
         raise CheckpointError(
             f"run {folder.run_id} has no complete stage",
@@ -115,32 +117,36 @@ def write_report(folder: RunFolder, tracker: Tracker) -> None:
     for name, place in read_json(folder.prepared)["folders"].items():
         index = load_index(Path(place))
         tracker.log_dataset(name, index.config_digest, str(index.notes.get("origin", {}).get("source", name)))
-    for stage, values in enumerate(stage_values(folder)):
+    for stage, values in enumerate(stage_values(card)):
         tracker.log_metrics(values, stage)
     log_final_model(config, folder, run_tags(config, folder))
 
 
-def stage_values(folder: RunFolder) -> list[dict[str, float]]:
+def stage_values(card: Scorecard) -> list[dict[str, float]]:
     """After each finished stage: the score and loss of every task, and the transfer numbers up to there."""
-    return [_values(scorecard_of(folder, num_stages)) for num_stages in range(1, _num_finished(folder) + 1)]
+    before = card.baseline_scores if any(entry is not None for entry in card.baseline) else None
+    return [
+        _transfer_values(card.score_matrix[: stage + 1], before) | _task_values(card.tasks, results)
+        for stage, results in enumerate(card.results)
+    ]
 
 
-def _num_finished(folder: RunFolder) -> int:
-    return len(finished_results(load_stored_config(folder), folder))
+def _transfer_values(
+    matrix: Sequence[Sequence[float | None]], before: Sequence[float | None] | None
+) -> dict[str, float]:
+    if len(matrix) > len(matrix[0]):
+        return {}  # more stages than tasks have no transfer
+    found = transfer_metrics(matrix, before).to_json()
+    return {name: float(found[key]) for key, name in TRANSFER_NAMES.items() if found.get(key) is not None}
 
 
-def _values(card: Scorecard) -> dict[str, float]:
-    values = {
-        name: float(card.transfer_scores[key])
-        for key, name in TRANSFER_NAMES.items()
-        if card.transfer_scores is not None and card.transfer_scores.get(key) is not None
-    }
-    for task in card.tasks:
-        final = card.final(task)
-        if final is not None and final["score"] is not None:
-            values[metric_names.task_score(task, final["metric"])] = final["score"]
-        if final is not None and final["nll_per_token"] is not None:
-            values[metric_names.task_loss(task)] = final["nll_per_token"]
+def _task_values(tasks: Sequence[str], results: Sequence[dict[str, Any] | None]) -> dict[str, float]:
+    values = {}
+    for task, result in zip(tasks, results, strict=True):
+        if result is not None and result["score"] is not None:
+            values[metric_names.task_score(task, result["metric"])] = result["score"]
+        if result is not None and result["nll_per_token"] is not None:
+            values[metric_names.task_loss(task)] = result["nll_per_token"]
     return values
 
 

@@ -223,7 +223,7 @@ def _layout(config: RunConfig, machines: Machines) -> tuple[Layout, int, list[st
 
 def _exchange(config: RunConfig, layout: Layout, lengths: Lengths, micro_batches: int) -> Traffic:
     if not isinstance(config.model, HsmnConfig):
-        return context_traffic(0, 0, replace(layout, context_parallel=1), 0)
+        return Traffic(0.0, 0.0, 0.0, 0)
     rows = layout.micro_batch_examples * encoded_chunks(config.model, lengths.context_tokens)
     return context_traffic(rows, config.model.d_compressed, layout, micro_batches)
 

@@ -105,7 +105,7 @@ class _Gather(torch.autograd.Function):
 
 def data_place(training: TrainingConfig, world: World) -> tuple[int, int]:
     """(data rank, data ranks): ranks of one context group read the same rows."""
-    return world.rank // training.context_parallel, world.world_size // training.context_parallel
+    return world.rank // training.context_parallel, training.data_ranks(world.world_size)
 
 
 def divide_context(model: nn.Module, training: TrainingConfig, world: World) -> ChunkExchange | None:

@@ -19,7 +19,7 @@ def accumulation_steps(training: TrainingConfig, world_size: int) -> int:
     Raises:
         ConfigError: the global batch is not a multiple of micro_batch_examples x ranks.
     """
-    data_ranks = max(1, world_size // training.context_parallel)
+    data_ranks = training.data_ranks(world_size)
     unit = training.micro_batch_examples * data_ranks
     if training.global_batch_examples % unit:
         raise ConfigError(

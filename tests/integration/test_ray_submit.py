@@ -161,6 +161,13 @@ def test_smoke_runs_as_a_job_and_says_what_is_wrong(cluster: TokenCluster, tmp_p
     assert "PROBLEM 1 of 2 nodes are there" in done.output
 
 
+def submit_words(config: Path, cluster: TokenCluster, run_root: Path) -> list[str]:
+    """`submit` of a configuration with this checkout and this interpreter."""
+    words = ["submit", str(config), "--address", cluster.address, "--token-file", str(cluster.token_file)]
+    words += ["--working-dir", str(ROOT), "--program", f"{sys.executable} -m hsmn_dist"]
+    return [*words, "--run-root", str(run_root)]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_jobs_and_submit_train_to_the_scorecard_and_a_second_submission_finds_it(
@@ -171,15 +178,7 @@ def test_jobs_and_submit_train_to_the_scorecard_and_a_second_submission_finds_it
     assert by_job.status == 0, by_job.output[-3000:] + by_job.errors[-2000:]
     first = only_run(tmp_path / "job")
     assert first.scorecard.is_file() and "Scorecard" in by_job.output
-    words = ["submit", str(config), "--address", cluster.address, "--token-file", str(cluster.token_file)]
-    words += [
-        "--working-dir",
-        str(ROOT),
-        "--program",
-        f"{sys.executable} -m hsmn_dist",
-        "--run-root",
-        str(tmp_path / "sub"),
-    ]
+    words = submit_words(config, cluster, tmp_path / "sub")
     done = run_command(*words, folder=tmp_path)
     assert done.status == 0, done.output[-3000:] + done.errors[-2000:]
     second = only_run(tmp_path / "sub")
@@ -206,24 +205,7 @@ def test_a_stopped_submission_keeps_its_checkpoint_and_the_next_one_resumes_it(
         "training.checkpoint_every_steps=500",
         "training.log_every_steps=100",
     )
-    words = [
-        "submit",
-        str(config),
-        "--address",
-        cluster.address,
-        "--token-file",
-        str(cluster.token_file),
-        "--name",
-        "stopped",
-    ]
-    words += [
-        "--working-dir",
-        str(ROOT),
-        "--program",
-        f"{sys.executable} -m hsmn_dist",
-        "--run-root",
-        str(tmp_path / "runs"),
-    ]
+    words = [*submit_words(config, cluster, tmp_path / "runs"), "--name", "stopped"]
     codes: list[int] = []
     follower = threading.Thread(target=lambda: codes.append(run_command(*words, folder=tmp_path).status))
     follower.start()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hsmn_dist.orchestration.journal import read_events, run_status
+from hsmn_dist.orchestration.launcher import descendants
 from hsmn_dist.orchestration.run_folder import RunFolder
 from tests.support.whole_job import (
     DEMO,
@@ -98,27 +99,8 @@ def wait_for(condition: object, seconds: float, what: str) -> None:
         time.sleep(0.1)
 
 
-def group_members(leader: int) -> list[int]:
-    """Living processes whose ancestor is `leader`, by /proc."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            except OSError:
-                continue
-            if fields[0] != "Z":
-                parents[int(entry.name)] = int(fields[1])
-    found, frontier = [], [leader]
-    while frontier:
-        children = [child for child, parent in parents.items() if parent in frontier]
-        found += children
-        frontier = children
-    return found
-
-
 def kill_everything(process: subprocess.Popen[bytes]) -> None:
-    for member in [*group_members(process.pid), process.pid]:
+    for member in [*descendants(process.pid), process.pid]:
         try:
             os.kill(member, signal.SIGKILL)
         except ProcessLookupError:

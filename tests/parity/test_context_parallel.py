@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hsmn_dist.config.models import HopeConfig, HsmnConfig
+from hsmn_dist.config.models import HopeConfig
 from hsmn_dist.config.optim import OptimConfig
 from hsmn_dist.config.training import TrainingConfig
 from hsmn_dist.distributed.collectives import all_reduce_sum
@@ -30,7 +30,7 @@ from hsmn_dist.training.build import build_engine
 from hsmn_dist.training.context_parallel import ChunkExchange, divide_context, undivided
 from hsmn_dist.training.whole_weights import gather_weights
 from tests.support.distributed import run_distributed
-from tests.support.hsmn_models import batch, gradients, tiny_model
+from tests.support.hsmn_models import batch, gradients, tiny_config, tiny_model
 from tests.support.whole_job import DEMO, losses, only_run, run_command, settings
 
 # Context lengths of a batch, in chunks of 6 that start every 3: an even and an odd number of chunks in all, fewer chunks than
@@ -136,22 +136,7 @@ def test_the_wire_carries_the_compressed_chunks_once_in_each_direction_and_nothi
         assert (planned.all_gather, planned.reduce_scatter) == tuple(counted.values())
 
 
-SMALL = HsmnConfig(
-    vocab_size=31,
-    d_model=12,
-    num_heads=2,
-    d_feed_forward=20,
-    num_encoder_layers=2,
-    num_decoder_layers=2,
-    chunk_size=6,
-    chunk_stride=3,
-    d_compressed=5,
-    d_aggregator=7,
-    aggregator_rank=3,
-    max_target_tokens=32,
-    encoder_dropout=0.0,
-    decoder_dropout=0.0,
-)
+SMALL = tiny_config(encoder_dropout=0.0, decoder_dropout=0.0)
 LENGTHS = [40, 2, 13, 29]
 NUM_STEPS = 3
 

@@ -45,9 +45,8 @@ class OptimizerChain(nn.Module):
         """[B, T, D] -> [B, T, D]; there is no fast state."""
         y = x
         is_independent = self.settings.variant == "independent"
-        shares = (
-            per_example(self.mix, x.shape[0])[..., None, None].unbind(1) if is_independent else ()
-        )  # each [B, 1, 1]
+        # Each [B, 1, 1].
+        shares = per_example(self.mix, x.shape[0])[..., None, None].unbind(1) if is_independent else ()
         for index, level in enumerate(self.levels):
             if is_independent:
                 out = level(x)
