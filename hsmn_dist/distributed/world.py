@@ -44,19 +44,31 @@ class World:
         return self.rank == 0
 
     @classmethod
-    def from_environment(cls, device: DeviceKind = "auto", timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> World:
-        """Read this rank's place and join the process group (gloo on CPU, nccl on GPU) unless it exists already.
+    def place(cls, device: DeviceKind = "auto") -> World:
+        """Read this rank's place, without waiting for any other rank.
 
         Args:
             device: "auto" takes the GPU of this local rank where there is one.
-            timeout_seconds: how long a collective may wait for the other ranks.
 
         Raises:
             ConfigError: variables that contradict each other, or "gpu" on a machine without one.
         """
         rank, local_rank, world_size = _read_place()
-        world = cls(rank, local_rank, world_size, _choose_device(device, local_rank))
-        if world_size > 1:
+        return cls(rank, local_rank, world_size, _choose_device(device, local_rank))
+
+    @classmethod
+    def from_environment(cls, device: DeviceKind = "auto", timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> World:
+        """`place`, then join the process group (gloo on CPU, nccl on GPU) unless it exists already or there is one rank.
+
+        Args:
+            device: see `place`.
+            timeout_seconds: how long a collective may wait for the other ranks.
+
+        Raises:
+            ConfigError: see `place`.
+        """
+        world = cls.place(device)
+        if world.world_size > 1:
             world.join(timeout_seconds)
         return world
 

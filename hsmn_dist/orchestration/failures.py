@@ -127,7 +127,7 @@ def classify(error: BaseException) -> FailureKind:
         return FailureKind.BAD_INPUT if error.exit_code == 2 else FailureKind.UNKNOWN
     if isinstance(error, OSError) and error.errno in DISK_NUMBERS:
         return FailureKind.DISK_FULL
-    if type(error).__name__ in ("DistBackendError", "DistNetworkError") or any(
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or any(
         sign in str(error) for sign in LOST_NEIGHBOUR_SIGNS
     ):
         return FailureKind.WORKER_LOST

@@ -23,7 +23,7 @@ BREATH_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Beat:
-    """Where a rank is. `phase` is prepare, baseline, train, fisher, export, evaluate or done.
+    """Where a rank is. `phase` is join, prepare, baseline, train, fisher, export, evaluate or done.
 
     `time` is that of the last progress, `alive` that of the last sign of life of process `pid`.
     """

@@ -140,7 +140,7 @@ class LocalLauncher:
         with (folder.path / "ranks.log").open("ab") as output:
             self._process = subprocess.Popen(
                 self._command(specs),
-                env=rank_environment(self._cluster),
+                env=torchrun_environment(self._cluster),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -172,6 +172,15 @@ class LocalLauncher:
         words += ["-m", "hsmn_dist", "stage", "--run-folder", specs[0].run_folder, "--attempt", specs[0].attempt]
         words += ["--ends-with-parent"]
         return [*words, "--index", str(specs[0].index), "--through", str(specs[-1].index)]
+
+
+def torchrun_environment(cluster: ClusterConfig) -> dict[str, str]:
+    """`rank_environment` for a group that may be started again.
+
+    By default torchrun 2.13 keeps one store for all its rounds: the ranks of a second round read the addresses of the dead
+    ones of the first, wait for minutes, and fail. Without sharing, each round has a store of its own.
+    """
+    return {**rank_environment(cluster), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def rank_environment(cluster: ClusterConfig) -> dict[str, str]:

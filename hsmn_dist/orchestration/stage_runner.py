@@ -58,11 +58,15 @@ def run_stages(specs: Sequence[StageSpec]) -> None:
     config = adjusted(load_stored_config(folder), folder)
     torch.set_num_threads(config.cluster.threads_per_rank)
     return_freed_blocks()
-    world = World.from_environment(config.cluster.device, timeout_seconds=max(60.0, config.cluster.stall_seconds))
+    world = World.place(config.cluster.device)
     configure_logging(world.rank)
+    # The first beat comes before the ranks meet: one that waits there for a rank that never comes is found like any other.
     heart = Heart(folder.path / "heartbeats", world.rank).start()
+    heart.beat(stage=specs[0].name, stage_index=specs[0].index, phase="join")
     try:
         reserve_failure(folder.failure(world.rank))
+        if world.world_size > 1:
+            world.join(timeout_seconds=max(60.0, config.cluster.stall_seconds))
         fence = broadcast_object(claim(folder, attempt) if world.is_first else None)
         assert fence is not None
         context = RankContext(config, folder, world, fence, heart, read_json(folder.prepared))

@@ -28,7 +28,7 @@ from hsmn_dist.models.contract import LanguageModel, ModelInput, TargetLoss, cro
 from hsmn_dist.optim.build import build_optimizer
 from hsmn_dist.optim.param_groups import MATRIX_RULE
 from hsmn_dist.training.deepspeed_config import deepspeed_config
-from hsmn_dist.training.engine import StepStats
+from hsmn_dist.training.engine import Accepts, StepStats, always
 from hsmn_dist.training.gradient_norms import gradient_norms
 from hsmn_dist.training.losses import NllModule, tensors_of
 from hsmn_dist.training.owned_matrices import OwnedMatrixOptimizer
@@ -117,26 +117,30 @@ class DeepSpeedEngine:
         is_boundary = self._index == self._num_micro_batches
         return [slot.shard for slot in self._shards.slots(with_gradients and is_boundary)]
 
-    def step(self, learning_rate: float) -> StepStats:
+    def step(self, learning_rate: float, nll: Tensor | None = None, accepts: Accepts = always) -> StepStats:
         """See Engine."""
         assert self._index == self._num_micro_batches, f"{self._index} of {self._num_micro_batches} micro-batches done"
         shards = self.param_shards()
-        norms = gradient_norms(shards, self._component_names, self.num_shard_copies)
+        norms = gradient_norms(shards, self._component_names, self.num_shard_copies, nll)
         factor = norms.clip_factor(self._max_norm)
-        if self._stage == 0:
-            if factor < 1.0:
-                for shard in shards:
-                    assert shard.gradient is not None
-                    shard.gradient.mul_(factor)
-            elif not norms.is_finite:
-                self._engine.zero_grad()  # torch optimizers leave a parameter without gradient alone
-        else:
-            self._shards.set_norm(norms.total)
+        is_accepted = accepts(norms.nll, norms.total) and norms.is_finite
+        if is_accepted:
+            self._update(shards, norms.total, factor, learning_rate)
+        self.discard_gradients()
+        return StepStats(
+            norms.total, learning_rate, factor < 1.0, factor, not is_accepted, norms.by_component, norms.nll
+        )
+
+    def _update(self, shards: list[ParamShard], norm: float, factor: float, learning_rate: float) -> None:
+        if self._stage > 0:
+            self._shards.set_norm(norm)
+        elif factor < 1.0:
+            for shard in shards:
+                assert shard.gradient is not None
+                shard.gradient.mul_(factor)
         for group in self._shards.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        self.discard_gradients()
-        return StepStats(norms.total, learning_rate, factor < 1.0, factor, not norms.is_finite, norms.by_component)
 
     def discard_gradients(self) -> None:
         """See Engine."""

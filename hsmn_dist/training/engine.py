@@ -6,7 +6,7 @@ Order inside a step: `forward_backward` for each micro-batch, then penalties may
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +22,8 @@ from hsmn_dist.training.stragglers import ForwardTimer
 class StepStats:
     """What a step reports.
 
-    `gradient_norm` is the global norm before clipping, penalty gradients included. When it is not finite, nothing was updated
-    and `was_skipped` is True.
+    `gradient_norm` is the global norm before clipping, penalty gradients included. When it is not finite, or the step was
+    not accepted, nothing was updated and `was_skipped` is True. `nll` is the sum over ranks of what `step` was given.
     """
 
     gradient_norm: float
@@ -32,6 +32,16 @@ class StepStats:
     clip_factor: float = 1.0
     was_skipped: bool = False
     component_norms: dict[str, float] = field(default_factory=dict)
+    nll: float = 0.0
+
+
+Accepts = Callable[[float, float], bool]
+"""(nll summed over ranks, global gradient norm) -> whether the update is made. Called on every rank with the same numbers."""
+
+
+def always(nll: float, gradient_norm: float) -> bool:
+    """Accept every step."""
+    return True
 
 
 class Engine(Protocol):
@@ -56,8 +66,14 @@ class Engine(Protocol):
         """This rank's shards, in the model's parameter order; gradients only between the last backward and the step."""
         ...
 
-    def step(self, learning_rate: float) -> StepStats:
-        """Clip, update, clear gradients."""
+    def step(self, learning_rate: float, nll: Tensor | None = None, accepts: Accepts = always) -> StepStats:
+        """Clip, update, clear gradients. The host waits for the device once, for the norm and `nll` together.
+
+        Args:
+            learning_rate: of this step.
+            nll: this rank's sum of losses, to be summed over ranks.
+            accepts: asked before the update; where it says no or raises, weights and moments stay as they are.
+        """
         ...
 
     def refresh(self) -> None:

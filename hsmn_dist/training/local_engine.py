@@ -19,7 +19,7 @@ from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.errors import ConfigError
 from hsmn_dist.models.contract import LanguageModel, ModelInput, TargetLoss, cross_entropy
 from hsmn_dist.optim.build import build_optimizer
-from hsmn_dist.training.engine import StepStats
+from hsmn_dist.training.engine import Accepts, StepStats, always
 from hsmn_dist.training.gradient_norms import gradient_norms
 from hsmn_dist.training.losses import NllModule, tensors_of
 from hsmn_dist.training.shard_files import ShardSlot, read_into, snapshot, write_snapshot
@@ -83,12 +83,13 @@ class LocalEngine:
         """See Engine. Every parameter whole."""
         return [slot.shard for slot in self._slots(with_gradients)]
 
-    def step(self, learning_rate: float) -> StepStats:
+    def step(self, learning_rate: float, nll: Tensor | None = None, accepts: Accepts = always) -> StepStats:
         """See Engine."""
         shards = self.param_shards()
-        norms = gradient_norms(shards, sorted(set(self._components.values())), self.num_shard_copies)
+        norms = gradient_norms(shards, sorted(set(self._components.values())), self.num_shard_copies, nll)
         factor = norms.clip_factor(self._max_norm)
-        if norms.is_finite:
+        is_accepted = accepts(norms.nll, norms.total) and norms.is_finite
+        if is_accepted:
             for name in self._trainable:
                 master, weight = self._masters[name], self._weights[name]
                 assert weight.grad is not None
@@ -102,7 +103,9 @@ class LocalEngine:
             self._optimizer.step()
             self.refresh()
         self.discard_gradients()
-        return StepStats(norms.total, learning_rate, factor < 1.0, factor, not norms.is_finite, norms.by_component)
+        return StepStats(
+            norms.total, learning_rate, factor < 1.0, factor, not is_accepted, norms.by_component, norms.nll
+        )
 
     def discard_gradients(self) -> None:
         """See Engine."""

@@ -247,11 +247,11 @@ class _Stage:
         rate = parts.learning_rate(step)
         is_logged = (step + 1) % self._training.log_every_steps == 0 or step + 1 == parts.num_steps
         with meter.part("forward_backward"):
-            loss = self._forward_backward(batch, counts)
+            nll = self._forward_backward(batch, counts)
         with meter.part("penalty"):
             penalty = self._add_penalties(is_logged)
         with meter.part("optimizer"):
-            stats, verdict = self._optimize(step, loss, rate)
+            stats, loss, verdict = self._optimize(step, nll, counts, rate)
         if verdict == "rollback" and self._roll_back():
             return False
         meter.end_step(counts.num_tokens)
@@ -272,11 +272,12 @@ class _Stage:
         copies = self._training.context_parallel
         return _Counts(total[0], total[0] // copies, total[1] // copies, total[2] // copies, total[3] > 0)
 
-    def _forward_backward(self, batch: list[ModelInput], counts: _Counts) -> float:
+    def _forward_backward(self, batch: list[ModelInput], counts: _Counts) -> Tensor:
+        """This rank's sum of losses, left on the device: nothing waits for it here."""
         total = torch.zeros((), device=self._parts.world.device)
         for micro in batch:
             total += self._engine.forward_backward(micro, max(counts.num_scored, 1))
-        return float(all_reduce_sum(total)) / max(counts.num_scored, 1)
+        return total
 
     def _add_penalties(self, is_logged: bool) -> float:
         penalty, l2, value = self._parts.penalty, self._training.l2, 0.0
@@ -293,15 +294,18 @@ class _Stage:
                 shard.gradient.add_(shard.value.to(shard.gradient.dtype), alpha=2 * l2)
         return value
 
-    def _optimize(self, step: int, loss: float, rate: float) -> tuple[StepStats, Verdict]:
+    def _optimize(self, step: int, nll: Tensor, counts: _Counts, rate: float) -> tuple[StepStats, float, Verdict]:
+        """The update, unless the step's loss or gradient norm is to be skipped; also the loss in nats per target token."""
         state, training = self._state, self._training
-        verdict = judge(training, step, loss, 0.0, state.recent_losses)
-        if verdict == "go_on":
-            stats = self._engine.step(rate)
-            verdict = judge(training, step, loss, stats.gradient_norm, [])
-        else:
-            self._engine.discard_gradients()
-            stats = StepStats(math.nan, rate, was_clipped=False, was_skipped=True)
+        verdict: Verdict = "go_on"
+
+        def accepts(nll_sum: float, gradient_norm: float) -> bool:
+            nonlocal verdict
+            verdict = judge(training, step, nll_sum / max(counts.num_scored, 1), gradient_norm, state.recent_losses)
+            return verdict == "go_on"
+
+        stats = self._engine.step(rate, nll, accepts)
+        loss = stats.nll / max(counts.num_scored, 1)
         if verdict == "go_on":
             state.recent_losses = [*state.recent_losses, loss][-training.spike_window_steps :]
             self._edit_weights(step, rate)
@@ -309,7 +313,7 @@ class _Stage:
             log.warning("step %d: loss %g, gradient norm %g: %s", step, loss, stats.gradient_norm, verdict)
             state.num_skipped_steps += 1
             check_budget(training, step, state.num_skipped_steps)
-        return stats, verdict
+        return stats, loss, verdict
 
     def _edit_weights(self, step: int, rate: float) -> None:
         parts = self._parts

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hsmn_dist.orchestration.heartbeat import Beat, has_ended, read_beats
 from hsmn_dist.orchestration.journal import read_events, run_status
 from hsmn_dist.orchestration.launcher import descendants
 from hsmn_dist.orchestration.run_folder import RunFolder
@@ -135,6 +136,33 @@ def test_a_run_killed_in_stage_two_resumes_to_the_same_weights(workplace: Path, 
         kill_everything(process)
     assert not only_run(root).stage(1, "stdlib_code").is_complete, "the kill came too late to test anything"
     folder = resume(workplace, root)
+    assert final_weights(folder) == final_weights(local_run)
+    assert losses(folder) == losses(local_run)
+
+
+def test_killed_ranks_are_replaced_twice_and_the_run_ends_with_the_same_weights(
+    workplace: Path, local_run: RunFolder
+) -> None:
+    """In the second round of a launch the ranks must find each other, not the addresses of the dead ones."""
+    process, root = start_run(workplace, "replaced_runs"), workplace / "replaced_runs"
+
+    def training_beat() -> list[Beat]:
+        beats = [beat for folder in root.glob("*/heartbeats") for beat in read_beats(folder)]
+        return [beat for beat in beats if beat.phase == "train" and beat.step >= 2 and not has_ended(beat)]
+
+    try:
+        for rank in (1, 0):
+            wait_for(lambda rank=rank: [b for b in training_beat() if b.rank == rank], 200, "two steps of training")
+            victim = next(beat for beat in training_beat() if beat.rank == rank)
+            os.kill(victim.pid, signal.SIGKILL)
+            wait_for(lambda victim=victim: has_ended(victim), 20, "the death of the rank")
+        _, errors = process.communicate(timeout=300)
+    finally:
+        kill_everything(process)
+    assert process.returncode == 0, errors.decode()
+    folder = only_run(root)
+    events = [event["event"] for event in read_events(folder.journal)]
+    assert "run_resumed" not in events, "the launcher replaced the ranks by itself"
     assert final_weights(folder) == final_weights(local_run)
     assert losses(folder) == losses(local_run)
 

@@ -5,6 +5,7 @@ A quadratic pull (as EWC adds) and clipping are active in all of it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,9 +73,10 @@ def run_step(
     for shard, anchor in zip(engine.param_shards(), anchors, strict=True):
         assert shard.gradient is not None
         shard.gradient.add_((0.3 * (shard.value - anchor)).to(shard.gradient.dtype))
-    stats = engine.step(RATE)
+    stats = engine.step(RATE, total)
     assert not stats.was_skipped
-    return float(all_reduce_sum(total)) / num_tokens, stats.gradient_norm, stats.component_norms, stats.was_clipped
+    assert stats.nll == pytest.approx(float(all_reduce_sum(total)), rel=1e-6)
+    return stats.nll / num_tokens, stats.gradient_norm, stats.component_norms, stats.was_clipped
 
 
 def run_course(engine: Engine, world: World, num_steps: int) -> Course:
@@ -192,8 +194,9 @@ def test_a_parameter_that_no_batch_used_gets_no_gradient_of_an_earlier_step(stag
             assert shard.gradient is None or float(shard.gradient.abs().max()) == 0
 
 
+@pytest.mark.parametrize("reason", ["not finite", "refused"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_gradient_that_is_not_finite_changes_nothing(stage: int) -> None:
+def test_a_gradient_that_is_not_finite_or_a_refused_step_changes_nothing(stage: int, reason: str) -> None:
     world = World()
     engine = make_engine(world, "deepspeed", stage)
     anchors = [torch.zeros_like(shard.value) for shard in engine.param_shards()]
@@ -201,9 +204,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing(stage: int) -> None:
     before = engine.state_dict()
     for start in range(0, NUM_EXAMPLES, 2):
         engine.forward_backward(rows_of(tiny_batch(1, NUM_EXAMPLES), start, start + 2), 10)
-    engine.param_shards()[0].gradient.fill_(float("nan"))
-    stats = engine.step(RATE)
-    assert stats.was_skipped and stats.gradient_norm != stats.gradient_norm
+    asked: list[tuple[float, float]] = []
+
+    def accepts(nll: float, gradient_norm: float) -> bool:
+        asked.append((nll, gradient_norm))
+        return reason != "refused"
+
+    if reason == "not finite":
+        engine.param_shards()[0].gradient.fill_(float("nan"))
+    stats = engine.step(RATE, torch.tensor(7.0), accepts)
+    assert stats.was_skipped and math.isnan(stats.gradient_norm) == (reason == "not finite")
+    assert [nll for nll, _ in asked] == [7.0] and str(asked[0][1]) == str(stats.gradient_norm)
     assert all(torch.equal(value, before[name]) for name, value in engine.state_dict().items())
     loss, *_ = run_step(engine, world, 2, anchors)
     local = make_engine(World(), "local", 0)

@@ -249,14 +249,15 @@ def wrap_loop(module: Any, injector: Injector) -> None:
         finally:
             self._engine.forward_timer.late = 0.0
 
-    def _forward_backward(self: Any, batch: Any, counts: Any) -> float:
+    def _forward_backward(self: Any, batch: Any, counts: Any) -> Any:
         rows = max(micro.target_ids.shape[0] for micro in batch)
         for fault in injector.faults:
             if fault["point"] == "memory" and injector.is_here(fault) and rows > fault["rows"]:
                 allocate_too_much(injector, fault, rows)
-        loss = float(first_forward(self, batch, counts))
+        nll = first_forward(self, batch, counts)
         spike = agreed(injector, "loss")
-        return loss if spike is None else loss + spike["nats"]
+        share = counts.num_scored / self._parts.world.world_size
+        return nll if spike is None else nll + spike["nats"] * share
 
     def _add_penalties(self: Any, is_logged: bool) -> float:
         value = float(first_penalties(self, is_logged))

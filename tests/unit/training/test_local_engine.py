@@ -82,6 +82,19 @@ def test_bf16_keeps_fp32_masters_that_small_steps_do_not_get_lost_in() -> None:
     assert all(0 < float(distance) < 1e-4 for distance in moved)
 
 
+def test_a_refused_step_leaves_weights_and_moments_and_reports_its_numbers() -> None:
+    engine, twin = make(), make()
+    for refuses in (False, True, False):
+        nll = engine.forward_backward(tiny_batch(int(refuses)), 10)
+        stats = engine.step(0.01, nll, lambda *_, refuses=refuses: not refuses)
+        assert stats.was_skipped == refuses
+        assert stats.nll == float(nll) and stats.gradient_norm > 0
+    for _ in range(2):
+        twin.forward_backward(tiny_batch(0), 10)
+        twin.step(0.01)
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in engine.state_dict().items())
+
+
 def test_frozen_parameters_stay_and_are_part_of_the_weights() -> None:
     model = TinyModel()
     model.embedding.weight.requires_grad_(False)
