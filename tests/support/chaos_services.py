@@ -39,6 +39,8 @@ def environment(site: Path | None = None) -> dict[str, str]:
             "RAY_health_check_failure_threshold": "3",
             "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
             "RAY_DISABLE_IMPORT_WARNING": "1",
+            # A token file of the user's (~/.ray/auth_token) would make the head ask for it, and the nodes not send it.
+            "RAY_AUTH_MODE": "disabled",
             "PYTHONUNBUFFERED": "1",
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
