@@ -71,14 +71,14 @@ def _embedding(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Contributio
 def _layer_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Contribution]:
     shape: tuple[int, ...] = tuple(module.normalized_shape)  # type: ignore[arg-type]
     normal = functional.layer_norm(x.float() if x.dtype in _HALF else x, shape, None, None, float(module.eps))  # type: ignore[arg-type]
-    return {"weight": Dense(_row_sums(g * normal, len(shape))), "bias": Dense(_row_sums(g, len(shape)))}
+    return {"weight": Dense(_row_sums(normal.mul_(g), len(shape))), "bias": Dense(_row_sums(g, len(shape)))}
 
 
 def _rms_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Contribution]:
     shape: tuple[int, ...] = tuple(module.normalized_shape)  # type: ignore[arg-type]
     eps = module.eps
     normal = functional.rms_norm(x.float() if x.dtype in _HALF else x, shape, None, eps)  # type: ignore[arg-type]
-    return {"weight": Dense(_row_sums(g * normal, len(shape)))}
+    return {"weight": Dense(_row_sums(normal.mul_(g), len(shape)))}
 
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -35,8 +35,7 @@ from hsmn_dist.data.prepare_shards import ShardsTask, build_index, run_shards_ta
 from hsmn_dist.data.progress import Progress, QuietProgress
 from hsmn_dist.data.raw_reader import hub_configurations, hub_revision, hub_split, source_files, source_kind
 from hsmn_dist.data.shards.index import INDEX_NAME, load_index, save_index
-from hsmn_dist.data.shards.reader import read_examples, remote_files
-from hsmn_dist.data.shards.remote import is_url
+from hsmn_dist.data.shards.reader import read_examples, read_index
 from hsmn_dist.data.shards.writer import disk_errors_as_data_errors
 from hsmn_dist.data.sources import known_source
 from hsmn_dist.data.tokenizer import TOKENIZER_NAME, Tokenizer, build_tokenizer, load_tokenizer
@@ -203,10 +202,7 @@ def _use_given_shards(given: dict[str, str], data: DataConfig, config: Tokenizer
         )
     tokenizer = build_tokenizer(config, [])
     for name, folder in given.items():
-        if is_url(folder):
-            index = remote_files(folder, data.cache_folder, data.cache_bytes).fetch_index()
-        else:
-            index = load_index(Path(folder))
+        index = read_index(folder, data.cache_folder, data.cache_bytes)
         if index.tokenizer_digest != tokenizer.digest:
             raise DataError(
                 f"{folder}: the shards of {name!r} hold tokens of another tokenizer than the run's",

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from hsmn_dist.config.data import DataConfig
 from hsmn_dist.config.load import config_digest
 from hsmn_dist.config.run import RunConfig
 from hsmn_dist.continual.transfer import transfer_metrics
 from hsmn_dist.data.contamination import ContaminationReport
-from hsmn_dist.data.shards.index import load_index
+from hsmn_dist.data.shards.index import ShardIndex
+from hsmn_dist.data.shards.reader import read_index
+from hsmn_dist.data.shards.remote import is_url
 from hsmn_dist.evaluation.figures import loss_figure, matrix_figure
 from hsmn_dist.evaluation.reference_scores import reference_rows
 from hsmn_dist.evaluation.scorecard import Scorecard, StageLine, build_scorecard
 from hsmn_dist.evaluation.scorecard_files import write_scorecard
 from hsmn_dist.evaluation.task_result import TaskResult
-from hsmn_dist.foundation.errors import CheckpointError
+from hsmn_dist.foundation.errors import CheckpointError, DataError
 from hsmn_dist.foundation.files import read_json
+from hsmn_dist.foundation.log import logger
 from hsmn_dist.orchestration.curriculum import load_stored_config
 from hsmn_dist.orchestration.run_folder import RunFolder
 from hsmn_dist.orchestration.served_model import log_final_model
@@ -26,6 +29,8 @@ from hsmn_dist.tracking import metric_names
 from hsmn_dist.tracking.build import TrackedRun, build_tracker
 from hsmn_dist.tracking.jsonl_tracker import read_series
 from hsmn_dist.tracking.tracker import Tracker
+
+log = logger(__name__)
 
 TRANSFER_NAMES = {
     "average_accuracy": metric_names.TRANSFER_AVERAGE_ACCURACY,
@@ -89,7 +94,7 @@ def scorecard_of(folder: RunFolder) -> Scorecard:
         [_task_results(result["tasks"]) for result in results],
         None if baseline is None else _task_results(baseline),
         references=reference_rows({name for names in facts["datasets"].values() for name in names}),
-        contamination=_contamination(folder, facts["datasets"]),
+        contamination=_contamination(folder, config.data, facts["datasets"]),
         reproduce=[f"hsmn-dist run {folder.config}", f"hsmn-dist scorecard {folder.run_id}"],
         bootstrap_samples=config.evaluation.bootstrap_samples,
     )
@@ -115,7 +120,9 @@ def write_report(folder: RunFolder, tracker: Tracker) -> None:
     for path in written.values():
         tracker.log_artifact(path)
     for name, place in read_json(folder.prepared)["folders"].items():
-        index = load_index(Path(place))
+        index = _index_of(place, config.data)
+        if index is None:
+            continue
         tracker.log_dataset(name, index.config_digest, str(index.notes.get("origin", {}).get("source", name)))
     for stage, values in enumerate(stage_values(card)):
         tracker.log_metrics(values, stage)
@@ -190,12 +197,13 @@ def _task_results(tasks: dict[str, Any]) -> dict[str, TaskResult]:
     return {name: TaskResult.from_json(value) for name, value in tasks.items()}
 
 
-def _contamination(folder: RunFolder, datasets: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+def _contamination(folder: RunFolder, data: DataConfig, datasets: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
     """Task -> what the index of its datasets says of test items found in training examples."""
     folders = read_json(folder.prepared)["folders"]
     found: dict[str, dict[str, Any]] = {}
     for task, names in datasets.items():
-        reports = {name: load_index(Path(folders[name])).notes.get("contamination") for name in names}
+        indexes = {name: _index_of(folders[name], data) for name in names}
+        reports = {name: index and index.notes.get("contamination") for name, index in indexes.items()}
         entries = {
             name: ContaminationReport.from_json(report).scorecard_entry() for name, report in reports.items() if report
         }
@@ -212,3 +220,14 @@ def _contamination(folder: RunFolder, datasets: dict[str, list[str]]) -> dict[st
                 },
             }
     return found
+
+
+def _index_of(place: str, data: DataConfig) -> ShardIndex | None:
+    """The index of a prepared folder; None of one at a URL that cannot be reached now: a finished run is reported all the same."""
+    try:
+        return read_index(place, data.cache_folder, data.cache_bytes)
+    except DataError as error:
+        if not is_url(place):
+            raise
+        log.warning("%s is left out of the report: %s", place, error.found)
+        return None

@@ -15,17 +15,22 @@ from hsmn_dist.orchestration.heartbeat import Beat, has_ended, read_beats
 from hsmn_dist.orchestration.journal import read_events, run_status
 from hsmn_dist.orchestration.launcher import descendants
 from hsmn_dist.orchestration.run_folder import RunFolder
+from tests.support.chaos_services import ObjectStore
+from tests.support.ray_cluster import free_ports
 from tests.support.whole_job import (
     DEMO,
     command_line,
     environment,
     final_weights,
     losses,
+    one_stage,
     only_run,
     run_command,
     scorecard,
     settings,
 )
+
+BYTES = ("tokenizer.kind=bytes", "tokenizer.vocab_size=300", "model.vocab_size=300")
 
 
 @pytest.fixture(scope="session")
@@ -179,6 +184,29 @@ def test_a_terminated_run_leaves_with_code_75_and_resumes(workplace: Path, local
     assert process.returncode == 75, errors.decode()
     assert run_status(read_events(only_run(root).journal)) == "preempted"
     assert final_weights(resume(workplace, root)) == final_weights(local_run)
+
+
+def test_shards_at_a_url_train_to_the_scorecard_of_the_local_ones(workplace: Path) -> None:
+    config = one_stage(workplace, *BYTES, "training.engine=local", "cluster.ranks_per_node=1")
+    words = ["run", str(config), "--launcher", "inline"]
+    done = run_command(*words, "--set", "run_root=near_runs", folder=workplace)
+    assert done.status == 0, done.errors
+    near = only_run(workplace / "near_runs")
+    folder = Path(json.loads(near.prepared.read_text())["folders"]["word_problems"])
+    (port,) = free_ports(1)
+    store = ObjectStore(folder.parent, port)
+    try:
+        place = f"curriculum.stages.0.datasets.0.shards=http://127.0.0.1:{port}/{folder.name}"
+        far_words = ["--set", "run_root=far_runs", "--set", place, "--set", f"data.cache_folder={workplace / 'cache'}"]
+        done = run_command(*words, *far_words, folder=workplace)
+        assert done.status == 0, done.errors
+    finally:
+        store.close()
+    far = only_run(workplace / "far_runs")
+    assert final_weights(far) == final_weights(near) and losses(far) == losses(near)
+    assert scorecard(far)
+    again = run_command("scorecard", far.run_id, "--run-root", "far_runs", folder=workplace)
+    assert again.status == 0, "a finished run is reported though its shards are out of reach: " + again.errors
 
 
 def test_hope_runs_on_one_rank_with_the_local_engine(workplace: Path) -> None:

@@ -237,6 +237,17 @@ def open_folder(folder: Path | str, split: str, cache_folder: str = "", cache_by
     return SplitReader(folder, split, remote_files(folder, cache_folder, cache_bytes))
 
 
+def read_index(folder: Path | str, cache_folder: str = "", cache_bytes: int = CACHE_BYTES) -> ShardIndex:
+    """The index of a local folder or of a URL, as `open_folder` finds them.
+
+    Raises:
+        DataError: no such folder, a damaged index, a URL of an unknown kind or that cannot be reached.
+    """
+    if not is_url(folder):
+        return load_index(Path(folder))
+    return remote_files(folder, cache_folder, cache_bytes).fetch_index()
+
+
 def remote_files(folder: Path | str, cache_folder: str = "", cache_bytes: int = CACHE_BYTES) -> RemoteFiles:
     """The files of a folder at a URL, through the machine's cache."""
     cache = Path(cache_folder) if cache_folder else Path(tempfile.gettempdir()) / "hsmn_dist-shards"
