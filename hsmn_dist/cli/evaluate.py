@@ -134,8 +134,14 @@ def _run_parts(trained: Any, tasks: list[str], settings: Any) -> list[Part]:
     unknown = [name for name in tasks if name not in folders]
     if unknown:
         raise ConfigError(f"--task {unknown[0]}", allowed=", ".join(folders), action="choose one of the run's tasks")
+    data = trained.config.data
     return [
-        (name, "test", test_examples(folders[name], settings), training_shots(folders[name], settings.num_shots))
+        (
+            name,
+            "test",
+            test_examples(folders[name], settings, data),
+            training_shots(folders[name], settings.num_shots, data),
+        )
         for name in tasks or list(folders)
     ]
 

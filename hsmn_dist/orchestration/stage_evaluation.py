@@ -6,11 +6,12 @@ others waiting. Each rank holds a whole copy of the model here; the planner chec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from hsmn_dist.config.data import DataConfig
 from hsmn_dist.config.evaluation import EvaluationConfig
 from hsmn_dist.config.run import RunConfig
 from hsmn_dist.data.example import Example
@@ -33,17 +34,21 @@ def task_folders(config: RunConfig, prepared: dict[str, Any]) -> dict[str, list[
     }
 
 
-def test_examples(folders: Sequence[Path], settings: EvaluationConfig) -> list[Example]:
+def test_examples(folders: Sequence[Path], settings: EvaluationConfig, data: DataConfig) -> list[Example]:
     """The first test examples of a task's datasets, equally many of each."""
     share = -(-max(settings.num_examples, settings.num_loss_examples) // len(folders))
-    return [example for folder in folders for example in read_examples(folder, "test", share)]
+    return [example for folder in folders for example in _read(folder, "test", share, data)]
 
 
-def training_shots(folders: Sequence[Path], count: int) -> list[Example]:
+def training_shots(folders: Sequence[Path], count: int, data: DataConfig) -> list[Example]:
     """The first `count` training examples of a task, dealt over its datasets in turn."""
     share = -(-count // len(folders))
-    rows = [list(read_examples(folder, "train", share)) for folder in folders] if count else []
+    rows = [list(_read(folder, "train", share, data)) for folder in folders] if count else []
     return [example for turn in zip_longest(*rows) for example in turn if example is not None][:count]
+
+
+def _read(folder: Path, split: str, limit: int, data: DataConfig) -> Iterator[Example]:
+    return read_examples(folder, split, limit, data.cache_folder, data.cache_bytes)
 
 
 def evaluate_tasks(
@@ -64,8 +69,8 @@ def evaluate_tasks(
     for index, (name, folders) in enumerate(tasks):
         if index % world.world_size != world.rank:
             continue
-        examples = test_examples(folders, config.evaluation)
-        shots = training_shots(folders, config.evaluation.num_shots)
+        examples = test_examples(folders, config.evaluation, config.data)
+        shots = training_shots(folders, config.evaluation.num_shots, config.data)
         mine[name] = evaluate_task(text_model, name, examples, config.evaluation, shots=shots).to_json()
         progress(index + 1, len(tasks))
     merged: dict[str, Any] = {}

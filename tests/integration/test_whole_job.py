@@ -205,6 +205,8 @@ def test_shards_at_a_url_train_to_the_scorecard_of_the_local_ones(workplace: Pat
     far = only_run(workplace / "far_runs")
     assert final_weights(far) == final_weights(near) and losses(far) == losses(near)
     assert scorecard(far)
+    cached = {path.name.split("-")[1] for path in (workplace / "cache").rglob("*.tar")}
+    assert {"train", "test"} <= cached, "evaluation uses the configured cache too"
     again = run_command("scorecard", far.run_id, "--run-root", "far_runs", folder=workplace)
     assert again.status == 0, "a finished run is reported though its shards are out of reach: " + again.errors
 

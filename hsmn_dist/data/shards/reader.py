@@ -254,9 +254,11 @@ def remote_files(folder: Path | str, cache_folder: str = "", cache_bytes: int = 
     return RemoteFiles(folder_name(folder), cache, cache_bytes)
 
 
-def read_examples(folder: Path | str, split: str, limit: int | None = None) -> Iterator[Example]:
+def read_examples(
+    folder: Path | str, split: str, limit: int | None = None, cache_folder: str = "", cache_bytes: int = CACHE_BYTES
+) -> Iterator[Example]:
     """The examples of a split in the order of the shards, at most `limit` of them (None or 0: all)."""
-    reader = open_folder(folder, split)
+    reader = open_folder(folder, split, cache_folder, cache_bytes)
     try:
         for number in range(min(len(reader), limit) if limit else len(reader)):
             yield reader.read_example(number)
