@@ -105,6 +105,32 @@ def test_a_stage_over_two_hosts_with_zero_2_gives_the_weights_of_one_machine(
     assert final_weights(run) == final_weights(only_run(alone / "runs"))
 
 
+def test_smoke_measures_every_host_and_says_what_is_wrong(hosts: HostCluster, tmp_path: Path) -> None:
+    """Before the next test, which costs the cluster a node."""
+    command = [
+        sys.executable,
+        str(ROOT / "cluster" / "smoke.py"),
+        "--address",
+        hosts.address,
+        "--json",
+        "--megabytes",
+        "8",
+    ]
+    command += ["--shared", str(tmp_path / "shared"), "--nodes", "4", "--mlflow", "http://10.77.0.254:9"]
+    done = subprocess.run(command, env=hosts.environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr[-3000:]
+    answer = json.loads(done.stdout)
+    values, problems = answer["values"], "\n".join(answer["problems"])
+    assert values["nodes"] == values["all_reduce/ranks"] == 3
+    assert values["all_reduce/bus_bytes_per_second"] > 1e6
+    for index in (1, 2):
+        assert abs(values[f"clock/{hosts.name(index)}_seconds"]) < 1
+        assert values[f"storage/{hosts.name(index)}_write_bytes_per_second"] > 1e6
+        assert f"{hosts.name(index)}: MLflow at http://10.77.0.254:9" in problems
+    assert "3 of 4 nodes are there" in problems
+    assert not list((tmp_path / "shared").iterdir()), "its files are removed"
+
+
 def test_a_run_goes_on_elsewhere_when_its_host_is_cut_off_and_the_old_attempt_cannot_commit(
     hosts: HostCluster, tmp_path: Path
 ) -> None:
@@ -155,28 +181,3 @@ def test_a_run_goes_on_elsewhere_when_its_host_is_cut_off_and_the_old_attempt_ca
     done = run_command("run", str(config), "--quiet", "--launcher", "inline", folder=calm)
     assert done.status == 0, done.errors
     assert final_weights(run) == final_weights(only_run(calm / "runs")), "as if nothing had happened"
-
-
-def test_smoke_measures_every_host_and_says_what_is_wrong(hosts: HostCluster, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "cluster" / "smoke.py"),
-        "--address",
-        hosts.address,
-        "--json",
-        "--megabytes",
-        "8",
-    ]
-    command += ["--shared", str(tmp_path / "shared"), "--nodes", "4", "--mlflow", "http://10.77.0.254:9"]
-    done = subprocess.run(command, env=hosts.environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
-    assert done.returncode == 1, done.stderr[-3000:]
-    answer = json.loads(done.stdout)
-    values, problems = answer["values"], "\n".join(answer["problems"])
-    assert values["nodes"] == values["all_reduce/ranks"] == 3
-    assert values["all_reduce/bus_bytes_per_second"] > 1e6
-    for index in (1, 2):
-        assert abs(values[f"clock/{hosts.name(index)}_seconds"]) < 1
-        assert values[f"storage/{hosts.name(index)}_write_bytes_per_second"] > 1e6
-        assert f"{hosts.name(index)}: MLflow at http://10.77.0.254:9" in problems
-    assert "3 of 4 nodes are there" in problems
-    assert not list((tmp_path / "shared").iterdir()), "its files are removed"

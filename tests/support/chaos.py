@@ -114,7 +114,7 @@ class Chaos:
         self.folder, self.faults, self.services = folder, list(faults), services
         self.config = config
         self.site = folder / "site"
-        self.run_root = services.disk / folder.name / "runs"
+        self.run_root = services.disk / folder.parent.name / "runs"  # each part has a folder of its own
         (folder / "fired").mkdir(parents=True, exist_ok=True)
         self.site.mkdir(exist_ok=True)
         root = str(Path(__file__).resolve().parents[2])
