@@ -229,9 +229,8 @@ if [ "$code" = 1 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ]; then
 fi
 clean
 if [ -n "$again" ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-  # Nobody cancelled the job: queue it again; it resumes. Slurm ends this script for it; an exit code of ours that reached Slurm
-  # first would make the job a failed one.
-  if scontrol requeue "$SLURM_JOB_ID"; then sleep 60; fi
+  # Nobody cancelled the job: queue it again; it resumes.
+  scontrol requeue "$SLURM_JOB_ID" || true
 fi
 exit "$code"
 """
