@@ -1,11 +1,12 @@
 """What an exact per-example Fisher costs beside one plain forward and backward pass of the same examples.
 
-    python benchmarks/fisher.py [--json] [--rounds 5] [--model decoder|hsmn|both] [--device cpu|cuda]
+    python benchmarks/fisher.py [--json] [--rounds 5] [--model decoder|hsmn|both] [--ways plain ours loop] [--device cpu|cuda]
 
 Ways: ours (taps), a loop of single examples, `torch.func.vmap(grad)`, opacus' GradSampleModule. Each way runs in a process
-of its own, in turns with the others, so that all of them meet the same machine; the time is CPU time on a CPU and wall time
-on a GPU, the least of the rounds; memory is the peak beyond the resident weights. The head is untied, because opacus gives
-wrong gradients for a tied one. Every way must give the loop's numbers, or it is not timed.
+of its own with one thread, in turns with the others, so that all of them meet the same machine; the time is CPU time on a CPU
+and wall time on a GPU. A ratio is the median over the rounds of the quotient within a round; memory is the peak beyond the
+resident weights. The head is untied, because opacus gives wrong gradients for a tied one. How far each way is from the loop's
+numbers stands beside its time.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import argparse
 import json
 import multiprocessing
 import resource
+import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import measuring
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -181,25 +185,25 @@ def serve(way: str, model_name: str, device: str, pipe: Any) -> None:
         except Exception as error:
             pipe.send({"error": f"{type(error).__name__}: {str(error)[:200]}"})
             continue
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        peak = measuring.peak_bytes() - before
         if device != "cpu":
             peak = torch.cuda.max_memory_allocated() - 8 * num_parameters
         checksum = {name: float(total.double().sum()) for name, total in totals.items()}
         pipe.send({"seconds": seconds, "peak": peak, "checksum": checksum, "num_parameters": num_parameters})
 
 
-def measure(model_name: str, device: str, rounds: int) -> dict[str, Any]:
-    """All ways in turns; ratios to plain."""
+def measure(model_name: str, device: str, rounds: int, ways: Sequence[str]) -> dict[str, Any]:
+    """The ways in turns; ratios to plain."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, {}
-    for way in WAYS:
+    for way in ways:
         pipes[way], theirs = context.Pipe()
         processes[way] = context.Process(target=serve, args=(way, model_name, device, theirs), daemon=True)
         processes[way].start()
-    results: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     errors: dict[str, str] = {}
     for turn in range(rounds + 1):
-        for way in WAYS:
+        for way in ways:
             if way in errors:
                 continue
             pipes[way].send("run")
@@ -208,7 +212,7 @@ def measure(model_name: str, device: str, rounds: int) -> dict[str, Any]:
                 errors[way] = answer["error"]
             elif turn or rounds == 0:  # the first turn warms up
                 results[way].append(answer)
-    for way in WAYS:
+    for way in ways:
         pipes[way].send("stop")
         processes[way].join(10)
     return summary(model_name, results, errors)
@@ -218,15 +222,16 @@ def summary(model_name: str, results: dict[str, list[dict[str, Any]]], errors: d
     """Seconds, ratios and agreement with the loop."""
     base = results["plain"]
     table: dict[str, Any] = {}
-    for way in WAYS:
+    for way in results:
         if way in errors:
             table[way] = {"error": errors[way]}
             continue
-        seconds = min(r["seconds"] for r in results[way])
+        seconds = [r["seconds"] for r in results[way]]
+        rounds = zip(seconds, base, strict=True)
         peak = max(r["peak"] for r in results[way])
         table[way] = {
-            "seconds": seconds,
-            "ratio": seconds / min(r["seconds"] for r in base),
+            "seconds": statistics.median(seconds),
+            "ratio": statistics.median(mine / plain["seconds"] for mine, plain in rounds),
             "peak_bytes": peak,
             "memory_ratio": peak / max(r["peak"] for r in base),
         }
@@ -245,9 +250,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", choices=("decoder", "hsmn", "both"), default="both")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="which; plain and loop are always among them")
     options = parser.parse_args()
+    ways = [way for way in WAYS if way in {"plain", "loop", *options.ways}]
     names = ("decoder", "hsmn") if options.model == "both" else (options.model,)
-    results = [measure(name, options.device, options.rounds) for name in names]
+    results = [measure(name, options.device, options.rounds, ways) for name in names]
     if options.json:
         print(json.dumps({"batch": BATCH, "tokens": TOKENS, "device": options.device, "results": results}, indent=2))
         return

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hsmn_dist.foundation.process_memory import return_freed_blocks
+from hsmn_dist.foundation.process_memory import ask_for_huge_pages, return_freed_blocks
 
 Step = Callable[[], None]
 
@@ -81,6 +81,7 @@ def prepare_process(num_threads: int) -> None:
     """Threads, and malloc as training processes set it."""
     torch.set_num_threads(num_threads)
     return_freed_blocks()
+    ask_for_huge_pages()
 
 
 def conditions(num_threads: int) -> dict[str, Any]:

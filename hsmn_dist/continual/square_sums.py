@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hsmn_dist.continual.gradient_rules import Contribution, Dense, Outer, Scatter
 
-_CPU_BLOCK_ENTRIES = 1 << 18
+_CPU_BLOCK_ENTRIES = 1 << 17
 _GPU_BLOCK_ENTRIES = 1 << 26
 
 
@@ -51,7 +51,8 @@ def add_squares(uses: Sequence[Use], num_slots: int, total: Tensor) -> None:
     outer = [use for use in uses if isinstance(use.contribution, Outer)]
     scatter = [use for use in uses if isinstance(use.contribution, Scatter)]
     if dense and not (outer or scatter):
-        total.add_(_slot_sums(dense, num_slots, total).square().sum(0).view(total.shape))
+        sums = _slot_sums(dense, num_slots, total)
+        total.add_(torch.linalg.vecdot(sums, sums, dim=0).view(total.shape))
     elif scatter and not (outer or dense):
         _add_scatter_squares(scatter, total)
     elif len(outer) == 1 and not (scatter or dense) and outer[0].owners is None:
@@ -152,12 +153,12 @@ def _looped_blocks(pieces: Sequence[_Piece], total: Tensor) -> None:
     entries = _GPU_BLOCK_ENTRIES if total.is_cuda else _CPU_BLOCK_ENTRIES
     step = max(1, entries // total.shape[1])
     workspace = total.new_empty((min(step, total.shape[0]), total.shape[1]))
-    pieces = [piece for piece in pieces if not piece.is_empty]
+    turned = [(piece, piece.right.t()) for piece in pieces if not piece.is_empty]
     for start in range(0, total.shape[0], step):
         block = total[start : start + step]
         gradient = workspace[: block.shape[0]]
-        for piece in pieces:
-            torch.mm(piece.right[:, start : start + step].t(), piece.left, out=gradient)
+        for piece, right in turned:
+            torch.mm(right[start : start + step], piece.left, out=gradient)
             if piece.table is not None:
                 ids, values = piece.table
                 low, high = torch.searchsorted(ids, torch.tensor([start, start + step], device=ids.device)).tolist()

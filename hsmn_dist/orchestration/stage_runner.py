@@ -21,7 +21,7 @@ from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.errors import HsmnError
 from hsmn_dist.foundation.files import read_json, write_json, write_manifest
 from hsmn_dist.foundation.log import configure_logging, logger
-from hsmn_dist.foundation.process_memory import return_freed_blocks
+from hsmn_dist.foundation.process_memory import ask_for_huge_pages, return_freed_blocks
 from hsmn_dist.models.build import build_model
 from hsmn_dist.models.contract import LanguageModel
 from hsmn_dist.orchestration.adjustments import adjusted
@@ -58,6 +58,7 @@ def run_stages(specs: Sequence[StageSpec]) -> None:
     config = adjusted(load_stored_config(folder), folder)
     torch.set_num_threads(config.cluster.threads_per_rank)
     return_freed_blocks()
+    ask_for_huge_pages()
     world = World.place(config.cluster.device)
     configure_logging(world.rank)
     # The first beat comes before the ranks meet: one that waits there for a rank that never comes is found like any other.

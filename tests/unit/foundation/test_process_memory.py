@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,3 +33,27 @@ def test_freed_tensors_go_back_to_the_operating_system():
         for answer in ("no", "yes")
     }
     assert held["no"] - held["yes"] > 200_000  # KiB of the 320 MiB that were freed
+
+
+HUGE = """
+import sys, torch
+from hsmn_dist.foundation.process_memory import ask_for_huge_pages
+if sys.argv[1] == "yes":
+    ask_for_huge_pages()
+block = torch.ones(16 * 2**20)
+lines = open("/proc/self/smaps_rollup").read().splitlines()
+print(next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages:")))
+"""
+SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not SWITCH.is_file() or "[madvise]" not in SWITCH.read_text(),
+    reason="the kernel does not give huge pages on request",
+)
+def test_large_tensors_lie_in_huge_pages_when_asked_for():
+    held = {
+        answer: int(subprocess.run([sys.executable, "-c", HUGE, answer], capture_output=True, text=True).stdout)
+        for answer in ("no", "yes")
+    }
+    assert held["no"] < 30_000 < held["yes"], held  # KiB of 64 MiB; under memory pressure the kernel may give fewer
