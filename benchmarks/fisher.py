@@ -250,7 +250,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", choices=("decoder", "hsmn", "both"), default="both")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="which; plain and loop are always among them")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=WAYS, help="which; plain and loop are always among them"
+    )
     options = parser.parse_args()
     ways = [way for way in WAYS if way in {"plain", "loop", *options.ways}]
     names = ("decoder", "hsmn") if options.model == "both" else (options.model,)

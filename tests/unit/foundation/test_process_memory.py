@@ -57,3 +57,29 @@ def test_large_tensors_lie_in_huge_pages_when_asked_for():
         for answer in ("no", "yes")
     }
     assert held["no"] < 30_000 < held["yes"], held  # KiB of 64 MiB; under memory pressure the kernel may give fewer
+
+
+REUSED = """
+import ctypes, resource, sys, torch
+from hsmn_dist.foundation.process_memory import LARGE_BLOCK_BYTES, M_MMAP_THRESHOLD, return_freed_blocks
+if sys.argv[1] == "yes":
+    return_freed_blocks()
+else:
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+def turn():
+    blocks = [torch.ones(2**18) for _ in range(8)]
+turn()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    turn()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not return_freed_blocks(), reason="the C library is not glibc")
+def test_smaller_tensors_use_the_heap_again_without_fresh_pages():
+    faults = {
+        answer: int(subprocess.run([sys.executable, "-c", REUSED, answer], capture_output=True, text=True).stdout)
+        for answer in ("no", "yes")
+    }
+    assert faults["yes"] * 10 < faults["no"], faults  # 20 turns of 8 MiB: 40,960 pages of 4 KiB without the reserve
