@@ -25,7 +25,7 @@ from tests.support.whole_job import ROOT, only_run, run_command, scorecard
 RUNS = ROOT / "configs" / "runs"
 SPAN_TOKENS = 32
 TIME_LIMIT_SECONDS = 600
-MARGIN = 0.4
+MARGIN = 0.3
 
 
 def scores(folder: RunFolder) -> dict[str, float]:
