@@ -90,9 +90,23 @@ def from_pretrained(folder: str | Path, device: torch.device | str = "cpu") -> L
     with torch.device("meta"):
         model = construct_model(config)
     check_weights(model, weights, str(folder / WEIGHTS_NAME))
-    model.to_empty(device=device)
-    model.load_state_dict(weights, strict=False)
+    _fill(model, weights, device)
     return model.eval()
+
+
+def _fill(model: LanguageModel, weights: Mapping[str, Tensor], device: torch.device | str) -> None:
+    """Give a model on the meta device its weights; a parameter of two modules (a tied head) stays one."""
+    uses: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        uses.setdefault(id(parameter), []).append(name)
+    model.to_empty(device=device)  # a new parameter for each use
+    whole = dict(weights)
+    for first, *others in uses.values():
+        for name in others:
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, model.get_parameter(first))
+            whole[name] = weights[first]
+    model.load_state_dict(whole)
 
 
 def check_weights(model: LanguageModel, weights: Mapping[str, Tensor], origin: str) -> None:

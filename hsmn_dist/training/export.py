@@ -21,6 +21,7 @@ from hsmn_dist.foundation.errors import CheckpointError
 from hsmn_dist.foundation.files import fsync_folder, read_json, verify_manifest, write_json, write_manifest
 from hsmn_dist.models.build import construct_model
 from hsmn_dist.models.contract import LanguageModel
+from hsmn_dist.models.pretrained import check_weights
 from hsmn_dist.training.engine import Engine
 
 WEIGHTS = "model.safetensors"
@@ -74,7 +75,7 @@ def load_exported(folder: Path) -> LanguageModel:
     """The model in `folder`, on the CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: incomplete, damaged, or weights that do not fit the stored configuration.
+        CheckpointError: incomplete, damaged, or weights that do not fit the stored configuration or are not finite.
     """
     weights = load_weights(folder)
     try:
@@ -86,14 +87,8 @@ def load_exported(folder: Path) -> LanguageModel:
             action="use the program version that exported the weights",
         ) from error
     model = construct_model(config)
+    check_weights(model, weights, str(folder / WEIGHTS))
     parameters = dict(model.named_parameters())
-    if set(parameters) != set(weights) or any(parameters[name].shape != weights[name].shape for name in weights):
-        different = sorted(set(parameters) ^ set(weights))
-        raise CheckpointError(
-            f"{folder}: the weights do not fit the configuration beside them (names that differ: {different[:5]})",
-            allowed="weights and configuration of one export",
-            action="export again",
-        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])

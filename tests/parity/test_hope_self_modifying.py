@@ -116,7 +116,7 @@ def test_the_mixer_equals_the_token_loop_in_values_and_gradients(changes, chunk)
         torch.testing.assert_close(left, right, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("sizes", [(4, 4), (2, 6), (6, 2), (1, 3)])
+@pytest.mark.parametrize("sizes", [(4, 4), (2, 6), (6, 2), (1, 3), (3, 1)])
 def test_causality_holds_for_equal_and_different_chunk_sizes(sizes):
     mixer = _mixer(chunk_tokens=sizes[0], memory_chunk_tokens=sizes[1], momentum=0.5)
     x = torch.randn(1, 13, 8, dtype=torch.float64)
@@ -137,13 +137,23 @@ def test_the_chunk_size_of_each_group_of_memories_matters_and_only_then(sizes):
     assert torch.equal(together, other) == (sizes == (4, 4))
 
 
-@pytest.mark.parametrize("changes", [{}, {"momentum": 0.9}, {"memory": "matrix"}, {"chunk_tokens": 8}], ids=str)
+STREAMS = [
+    {},
+    {"momentum": 0.9},
+    {"memory": "matrix"},
+    {"chunk_tokens": 8},
+    {"chunk_tokens": 1, "memory_chunk_tokens": 3},
+    {"chunk_tokens": 3, "memory_chunk_tokens": 1},
+]
+
+
+@pytest.mark.parametrize("changes", STREAMS, ids=str)
 def test_a_stream_saved_in_the_middle_of_a_chunk_goes_on_as_if_uninterrupted(changes, tmp_path):
     mixer = _mixer(**{**changes, "largest_growth": 2.0})
     x = torch.randn(2, 21, 8, dtype=torch.float64)
     info = SequenceInfo(returns_state=True)
     whole, end, _ = mixer(x, None, info)
-    for cuts in ([6], [1, 2, 3], [4, 8, 13], [20]):
+    for cuts in ([6], [1, 2, 3], [4, 8, 13], [20], range(1, 21)):
         state, parts = None, []
         for start, stop in itertools.pairwise([0, *cuts, 21]):
             y, state, _ = mixer(x[:, start:stop], state, info)

@@ -25,7 +25,8 @@ class Rows:
         positions: [B, L] position of each token inside its segment.
         segments: [B, L] never-falling integers, 0 first; None without packing.
         valid: [B, L] bool, False on padding at the right end.
-        pending: [B] each row's last target, which is not read yet.
+        pending: [B] each row's last token, which is not read yet: its last target; without one the last of its context;
+            without that either, what was pending before.
     """
 
     tokens: Tensor
@@ -68,7 +69,7 @@ def build_rows(inputs: ModelInput, first: Tensor | None, pad_id: int) -> Rows:
     num_targets = _num_targets(target, inputs.loss_mask, pad_id)
     valid = index < (lengths + num_targets)[:, None]
     tokens = torch.where(valid | (index == 0), tokens, torch.full_like(tokens, pad_id))
-    pending = target.gather(1, (num_targets - 1).clamp(min=0)[:, None])[:, 0]
+    pending = _pending(inputs, first, lengths, num_targets)
     if inputs.segment_ids is None:
         return Rows(tokens, lengths, index, None, valid, pending)
     numbers = _starts(inputs.segment_ids).long().cumsum(1) - 1
@@ -83,6 +84,15 @@ def reset_points(segments: Tensor) -> Tensor:
     """[B, T] never-falling segment numbers, 0 continuing -> True at the first token of each later segment."""
     before = torch.cat([torch.zeros_like(segments[:, :1]), segments[:, :-1]], 1)
     return segments != before
+
+
+def _pending(inputs: ModelInput, first: Tensor, lengths: Tensor, num_targets: Tensor) -> Tensor:
+    """The token behind those that a row reads: a piece of a stream may hold nothing for a row but padding."""
+    context, target = inputs.context_ids, inputs.target_ids
+    before = first
+    if context.shape[1]:
+        before = torch.where(lengths > 0, _picked(context, lengths[:, None] - 1)[:, 0], first)
+    return torch.where(num_targets > 0, _picked(target, num_targets[:, None] - 1)[:, 0], before)
 
 
 def _picked(source: Tensor, index: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class SelfModifyingTitans(nn.Module):
         step = min(sizes)
         if state is None:
             phase = torch.zeros(batch, dtype=torch.long, device=lifted.device)
-            walk = _Walk(initial, initial, None, phase)
+            walk = _Walk(initial, initial, None, phase, is_new=True)
         else:
             walk = _Walk(state.start, state.now, state.momentum, state.num_tokens)
         is_single = tokens == 1 and info.segments is None
@@ -221,9 +221,15 @@ class _Walk:
     """The weights while the chunks of a call go by."""
 
     def __init__(
-        self, start: MemoryWeights, now: MemoryWeights, momentum: MemoryWeights | None, num_tokens: Tensor
+        self,
+        start: MemoryWeights,
+        now: MemoryWeights,
+        momentum: MemoryWeights | None,
+        num_tokens: Tensor,
+        is_new: bool = False,
     ) -> None:
         self.start, self.now, self.momentum, self.num_tokens = start, now, momentum, num_tokens
+        self.is_new = is_new
         self.rate = self.retention = torch.zeros(())
         self.num_chunks = 0
 
@@ -251,8 +257,8 @@ class _Walk:
         held = self.now
         if mixer.settings.largest_growth > 0:
             held = capped(self.now, initial, mixer.shape, mixer.settings.largest_growth)
-        if layout.valid is None and layout.slot is None and size == step:
-            # Every row is at the same place, known without looking at tensors.
+        if self.is_new and layout.valid is None and layout.slot is None and size == step:
+            # Every row is at the same place, known without looking at tensors; a carried state may stand anywhere.
             self.num_chunks += 1
             position = self.num_chunks * size
             self.num_tokens = torch.full_like(self.num_tokens, position % longest)

@@ -22,6 +22,8 @@ from hsmn_dist.models.contract import LanguageModel, ModelInput, cross_entropy
 from hsmn_dist.models.generation import GenerationSettings, generate_tokens
 from hsmn_dist.models.pretrained import from_pretrained, save_pretrained
 from hsmn_dist.models.text_model import LocalTextModel
+from hsmn_dist.training.export import load_exported
+from hsmn_dist.training.export import save_weights as save_exported
 
 VOCAB_SIZE = 260
 HSMN = {
@@ -194,8 +196,12 @@ def test_weights_that_are_not_numbers_are_refused_on_load_by_name(tmp_path: Path
     name = sorted(weights)[-1]
     weights[name].view(-1)[0] = poison
     save_file(weights, path)
-    error = refusal(lambda: from_pretrained(tmp_path))
-    assert "not finite" in error.found and name in error.found
+    model = fresh(family)
+    exported = dict(model.named_parameters()) | {name: weights[name]}
+    save_exported({n: t.detach() for n, t in exported.items()}, model.config, tmp_path / "exported", {})  # type: ignore[arg-type]
+    for load in (lambda: from_pretrained(tmp_path), lambda: load_exported(tmp_path / "exported")):
+        error = refusal(load)
+        assert "not finite" in error.found and name in error.found
 
 
 @every_family

@@ -32,12 +32,24 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path, changes):
     assert torch.equal(model(inputs).logits, again(inputs).logits)
 
 
-@pytest.mark.parametrize("changes", [{}, {"mixer": "self_modifying"}, {"mixer": "linear", "positions": "learned"}])
+HOPE_VARIANTS = [
+    {},
+    {"ties_embeddings": True},
+    {"mixer": "self_modifying"},
+    {"mixer": "linear", "positions": "learned"},
+    {"mixer": "linear", "positions": "learned", "ties_embeddings": True},
+]
+
+
+@pytest.mark.parametrize("changes", HOPE_VARIANTS, ids=str)
 def test_a_saved_hope_model_comes_back_bit_for_bit(tmp_path, changes):
     config = hope_models.tiny_config(**changes)
     model = saved(tmp_path, config)
     inputs = hope_models.batch([9, 3], [5, 3])
-    assert torch.equal(model(inputs).logits, from_pretrained(tmp_path)(inputs).logits)
+    again = from_pretrained(tmp_path)
+    assert torch.equal(model(inputs).logits, again(inputs).logits)
+    assert (again.head.weight is again.embedding.weight) == config.ties_embeddings
+    assert {name for name, _ in again.named_parameters()} == {name for name, _ in model.named_parameters()}
 
 
 def refusal(folder) -> str:

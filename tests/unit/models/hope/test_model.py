@@ -26,6 +26,14 @@ VARIANTS = {
     },
     "self_modifying_two_chunk_sizes": {"mixer": "self_modifying", "self_modifying": small_memories(chunk_tokens=8)},
     "self_modifying_slow_memory": {"mixer": "self_modifying", "self_modifying": small_memories(chunk_tokens=2)},
+    "self_modifying_keys_every_token": {
+        "mixer": "self_modifying",
+        "self_modifying": small_memories(chunk_tokens=1, memory_chunk_tokens=3),
+    },
+    "self_modifying_memory_every_token": {
+        "mixer": "self_modifying",
+        "self_modifying": small_memories(chunk_tokens=3, memory_chunk_tokens=1),
+    },
     "self_modifying_matrix": {"mixer": "self_modifying", "self_modifying": small_memories(memory="matrix")},
     "self_modifying_reads_at_chunk": {"mixer": "self_modifying", "self_modifying": small_memories(reads_at="chunk")},
     "chain": {"cms": chain()},
@@ -104,6 +112,42 @@ def test_a_stream_cut_into_segments_with_carried_state_equals_the_whole(changes)
     _close(torch.cat(parts, 1), whole.logits)
     for left, right in zip(state.tensors(), whole.state.tensors(), strict=True):
         _close(left.double(), right.double())
+
+
+@every_variant
+def test_a_stream_with_pieces_that_are_all_padding_for_a_row_equals_the_row_alone(changes):
+    """Row 0 is always there; row 1 pauses for the second piece; row 2 begins only in the third one."""
+    model, lengths = tiny_model(**changes), torch.tensor([[4, 3, 5], [2, 0, 4], [0, 0, 5]])
+    empty = torch.zeros(3, 0, dtype=torch.long)
+    tokens = batch([0, 0, 0], [12, 12, 12]).target_ids
+    state, read = model.initial_state(3), torch.zeros(3, dtype=torch.long)
+    found = [[], [], []]
+    for piece in range(3):
+        width = int(lengths[:, piece].max())
+        mask = torch.arange(width)[None] < lengths[:, piece, None]
+        places = (read[:, None] + torch.arange(width)).clamp(max=11)
+        out = model(ModelInput(empty, empty.bool(), tokens.gather(1, places) * mask, mask), state)
+        for index in range(3):
+            found[index].append(out.logits[index][mask[index]])
+        state, read = out.state, read + lengths[:, piece]
+    for index in range(3):
+        target = tokens[index : index + 1, : int(read[index])]
+        alone = ModelInput(empty[:1], empty[:1].bool(), target, torch.ones_like(target, dtype=torch.bool))
+        expected = model(alone, model.initial_state(1))
+        _close(torch.cat(found[index])[None], expected.logits)
+        assert int(state.pending[index]) == int(target[0, -1])
+
+
+def test_a_context_without_targets_leaves_its_last_token_pending():
+    model = tiny_model()
+    inputs, context = batch([3, 2], [2, 2]), batch([3, 2], [1, 1])
+    nothing = ModelInput(
+        context.context_ids, context.context_mask, context.target_ids * 0, torch.zeros(2, 1, dtype=torch.bool)
+    )
+    state = model(nothing, model.initial_state(2)).state
+    rest = ModelInput(inputs.context_ids[:, :0], inputs.context_mask[:, :0], inputs.target_ids, inputs.loss_mask)
+    inputs.context_ids, inputs.context_mask = context.context_ids, context.context_mask
+    _close(model(rest, state).logits, model(inputs).logits)
 
 
 @every_variant
