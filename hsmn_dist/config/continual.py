@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from hsmn_dist.config.section import Section
 
@@ -43,6 +44,32 @@ class FisherConfig(Section):
     )
 
 
+COMPONENTS = {
+    "hsmn": ("embedding", "encoder", "aggregator", "decompressor", "decoder", "head"),
+    "hope": ("embedding", "mixer", "cms", "mlp", "head"),
+    "hsmn_hope": ("embedding", "encoder", "aggregator", "decompressor", "decoder", "cms", "head"),
+}
+"""Parts of each model family that may have a strength of their own; the models' `parameter_components` give the same names."""
+
+
+class StartConfig(Section):
+    """Weights from elsewhere that the first stage goes on from, and what they know."""
+
+    weights: str = Field(
+        "", description="Folder of exported weights (a stage's `weights`); empty: drawn from the run's seed."
+    )
+    fisher: str = Field(
+        "",
+        description="Store of those weights, as `hsmn-dist fisher WEIGHTS --out STORE` writes it: kept like an earlier stage. Needs ewc.",
+    )
+
+    @field_validator("weights", "fisher")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        """Ranks may run in another folder, and on other nodes: the place is fixed where the command is given."""
+        return str(Path(path).expanduser().absolute()) if path else path
+
+
 class ContinualConfig(Section):
     """What protects earlier stages while a later one trains."""
 
@@ -69,3 +96,4 @@ class ContinualConfig(Section):
         0.2, gt=0, lt=1, description="Share of each batch drawn from earlier stages under replay."
     )
     fisher: FisherConfig = Field(FisherConfig(), description="Fisher estimation.")
+    start: StartConfig = Field(StartConfig(), description="A pretrained model to continue from.")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+from hsmn_dist.config.continual import COMPONENTS
 from hsmn_dist.config.run import RunConfig
 from hsmn_dist.config.training import STORE_RULE, store_uri_problem
 from hsmn_dist.config.yaml_source import KeyPath
 from hsmn_dist.foundation.errors import ConfigError
 from hsmn_dist.foundation.redact import is_secret_name, redact_patterns
+from hsmn_dist.foundation.registry import near_name
 
 Where = Callable[[KeyPath], str]
 BYTE_VOCAB_SIZE = 260
@@ -34,6 +37,7 @@ def check_run(config: RunConfig, where: Where) -> None:
         _check_vocabulary,
         _check_data,
         _check_stages,
+        _check_continual,
     ):
         check(config, where)
 
@@ -289,6 +293,34 @@ def _check_stages(config: RunConfig, where: Where) -> None:
                 "a name of its own for each stage",
                 "rename one",
             )
-    unknown = set(config.continual.component_strength.values())
-    if any(value < 0 for value in unknown):
-        _refuse(where, "continual.component_strength", "a factor below 0", "factors of 0 and above", "change it")
+
+
+def _check_continual(config: RunConfig, where: Where) -> None:
+    continual = config.continual
+    known = COMPONENTS[config.model.family]
+    for name, factor in continual.component_strength.items():
+        path = f"continual.component_strength.{name}"
+        if name not in known:
+            near = near_name(name, known)
+            action = f"did you mean {near!r}?" if near else "use one of them"
+            problem = f"family {config.model.family!r} has no such component"
+            _refuse(where, path, problem, ", ".join(known), action)
+        if not (math.isfinite(factor) and factor >= 0):
+            _refuse(where, path, f"{factor}", "finite factors of 0 and above", "change it")
+    start = continual.start
+    if start.fisher and "ewc" not in continual.method:
+        _refuse(
+            where,
+            "continual.start.fisher",
+            f"a store to keep with method {continual.method!r}, which keeps none",
+            "method ewc or ewc+replay",
+            "set continual.method to ewc, or leave the store out",
+        )
+    if start.fisher and not start.weights:
+        _refuse(
+            where,
+            "continual.start.fisher",
+            "a store without the weights that it belongs to",
+            "continual.start.weights and continual.start.fisher together",
+            "name the folder of weights that the store was measured on",
+        )

@@ -1,7 +1,9 @@
 """Save and load A, mu and R by parameter name and flat range; what one world size wrote, any other reads.
 
 Each rank writes one safetensors file with the ranges it owns (under ZeRO stage 0, where every rank holds everything, the
-ranks split the work), whose header lists them. The manifest comes last: names, shapes, hashes, and how each task was measured.
+ranks split the work). The manifest comes last: names, shapes, hashes, which file holds which range, and how each task was
+measured; so a rank reads and hashes only the files that it needs.
+A store that is replaced stays whole until the new manifest takes the old one's place: files of two saves have different names.
 No pickle anywhere, so a store from elsewhere cannot run code.
 
 Source: continual.md section 4.
@@ -10,6 +12,8 @@ Source: continual.md section 4.
 from __future__ import annotations
 
 import json
+import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hsmn_dist.continual.ewc import EwcMemory, ShardMemory, TaskRecord, check_matches, mismatch_error, model_digest
-from hsmn_dist.distributed.collectives import all_reduce_sum, barrier
+from hsmn_dist.distributed.collectives import barrier, broadcast_object
 from hsmn_dist.distributed.shards import ParamShard, owned_range
 from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.errors import CheckpointError
@@ -29,7 +33,7 @@ from hsmn_dist.foundation.files import is_inside, read_json, sha256_of_file, wri
 
 MANIFEST = "manifest.json"
 FORMAT = "hsmn_dist.ewc"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -55,25 +59,22 @@ def save_store(folder: Path, memory: EwcMemory, world: World, num_copies: int = 
     """
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in [
-            folder / MANIFEST,
-            *folder.glob("shard_*.safetensors"),
-        ]:  # a store without its manifest is no store
-            stale.unlink(missing_ok=True)
-    barrier()
-    write_rank_file(folder, memory, world.rank, world.world_size, num_copies)
+    save = broadcast_object(secrets.token_hex(4))
+    write_rank_file(folder, memory, world.rank, world.world_size, num_copies, save)
     barrier()
     if world.rank == 0:
-        finish_store(folder, memory, world.world_size)
+        finish_store(folder, memory, world.world_size, save)
     barrier()
 
 
-def rank_file(rank: int) -> str:
-    """File name of one rank's ranges."""
-    return f"shard_{rank:05d}.safetensors"
+def rank_file(rank: int, save: str = "0") -> str:
+    """File name of one rank's ranges; `save` sets the files of one save apart from those that it replaces."""
+    return f"shard_{rank:05d}_{save}.safetensors"
 
 
-def write_rank_file(folder: Path, memory: EwcMemory, rank: int, world_size: int, num_copies: int = 1) -> None:
+def write_rank_file(
+    folder: Path, memory: EwcMemory, rank: int, world_size: int, num_copies: int = 1, save: str = "0"
+) -> None:
     """Write the ranges of one rank; the store does not exist until `finish_store`."""
     tensors: dict[str, Tensor] = {}
     pieces = []
@@ -91,12 +92,13 @@ def write_rank_file(folder: Path, memory: EwcMemory, rank: int, world_size: int,
         tensors[f"precision.{key}"] = shard.precision[inside].detach().cpu().clone()
         tensors[f"centre.{key}"] = shard.centre[inside].detach().cpu().clone()
         pieces.append({"key": key, "name": shard.name, "start": start, "stop": stop, "residual": residual})
-    save_file(tensors, folder / rank_file(rank), metadata={"pieces": json.dumps(pieces)})
+    save_file(tensors, folder / rank_file(rank, save), metadata={"pieces": json.dumps(pieces)})
 
 
-def finish_store(folder: Path, memory: EwcMemory, world_size: int) -> None:
-    """Hash every rank's file and write the manifest last."""
+def finish_store(folder: Path, memory: EwcMemory, world_size: int, save: str = "0") -> None:
+    """Hash every rank's file, write the manifest last, and remove the files of the save before."""
     shapes = {shard.name: list(shard.shape) for shard in memory.shards}
+    files = [rank_file(rank, save) for rank in range(world_size)]
     extra = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -105,16 +107,20 @@ def finish_store(folder: Path, memory: EwcMemory, world_size: int) -> None:
         "num_parameters": sum(_numel(shape) for shape in shapes.values()),
         "model_digest": model_digest(shapes),
         "tasks": memory.records(),
+        "pieces": {file: _header(folder / file) for file in files},
     }
-    write_manifest(folder, MANIFEST, [rank_file(rank) for rank in range(world_size)], extra)
+    write_manifest(folder, MANIFEST, files, extra)
+    for stale in folder.glob("shard_*.safetensors"):
+        if stale.name not in files:
+            stale.unlink(missing_ok=True)
 
 
 def load_store(folder: Path, shards: Sequence[ParamShard]) -> EwcMemory:
     """The memory for exactly these shards, whatever world size and ZeRO stage wrote it. No communication.
 
     Raises:
-        CheckpointError: no manifest, damaged or missing files, another model's parameters, or ranges that do not cover
-            every element once.
+        CheckpointError: no manifest, damaged or missing files, another model's parameters, ranges that do not cover every
+            element once, or values that no penalty can have.
     """
     manifest = read_manifest(folder)
     stored = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
@@ -124,18 +130,38 @@ def load_store(folder: Path, shards: Sequence[ParamShard]) -> EwcMemory:
     pieces = _pieces(folder, manifest)
     _check_coverage(folder, stored, pieces)
     memory = EwcMemory.empty(shards)
-    memory.tasks = [TaskRecord(**record) for record in manifest["tasks"]]
-    wanted_files = set()
-    for shard in memory.shards:
-        for piece in pieces[shard.name]:
-            if piece.start < shard.stop and shard.start < piece.stop:
-                wanted_files.add(piece.file)
+    wanted_files = {
+        piece.file
+        for shard in memory.shards
+        for piece in pieces[shard.name]
+        if piece.start < shard.stop and shard.start < piece.stop
+    }
     _verify(folder, manifest, sorted(wanted_files))
-    opened = {file: safe_open(folder / file, framework="pt") for file in wanted_files}
-    for shard in memory.shards:
-        _fill(shard, pieces[shard.name], opened)
+    try:
+        memory.tasks = [TaskRecord(**record) for record in manifest["tasks"]]
+        opened = {file: safe_open(folder / file, framework="pt") for file in wanted_files}
+        for shard in memory.shards:
+            _fill(shard, pieces[shard.name], opened)
+    except (SafetensorError, TypeError, ValueError, RuntimeError) as error:
+        raise _damaged(folder, f"holds no tasks and ranges as this program writes them ({error})") from error
     check_matches(memory, shards)
+    for shard in memory.shards:
+        _check_values(folder, shard)
     return memory
+
+
+def _check_values(folder: Path, shard: ShardMemory) -> None:
+    """Refuse what would poison every later step: hashes only say that these bytes were written."""
+    is_sound = math.isfinite(shard.residual) and shard.residual >= 0
+    if shard.precision.numel():
+        low, high = (float(bound) for bound in torch.aminmax(shard.precision))
+        is_sound = is_sound and math.isfinite(high) and low >= 0 and bool(torch.isfinite(shard.centre).all())
+    if not is_sound:
+        raise CheckpointError(
+            f"{folder}: Fisher or anchor of {shard.name} [{shard.start}, {shard.stop}) is negative or not finite",
+            allowed="finite anchors, and finite importances of 0 and above",
+            action="take the Fisher again from weights that are finite, or train without it (continual.method: none)",
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -160,7 +186,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             allowed=f"format {FORMAT!r} version {FORMAT_VERSION}",
             action="take the Fisher again with this program",
         )
-    kinds = {"files": dict, "parameters": dict, "tasks": list}
+    kinds = {"files": dict, "parameters": dict, "tasks": list, "pieces": dict}
     if not all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()) or not all(
         is_inside(file) for file in manifest["files"]
     ):
@@ -175,20 +201,24 @@ def _numel(shape: Sequence[int]) -> int:
     return count
 
 
+def _header(path: Path) -> list[dict[str, Any]]:
+    """What `write_rank_file` noted of the ranges in its file."""
+    with safe_open(path, framework="pt") as opened:
+        listed: list[dict[str, Any]] = json.loads(opened.metadata()["pieces"])
+    return listed
+
+
 def _pieces(folder: Path, manifest: dict[str, Any]) -> dict[str, list[_Piece]]:
+    """The stored ranges of each parameter, in order."""
     pieces: dict[str, list[_Piece]] = {name: [] for name in manifest["parameters"]}
-    for file in manifest["files"]:
-        if not (folder / file).is_file():
-            raise _damaged(folder / file, "is missing")
-        try:
-            with safe_open(folder / file, framework="pt") as opened:
-                listed = json.loads(opened.metadata()["pieces"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise _damaged(folder / file, f"cannot be read ({error})") from error
-        for entry in listed:
-            pieces[entry["name"]].append(
-                _Piece(file, entry["key"], entry["name"], entry["start"], entry["stop"], entry["residual"])
-            )
+    try:
+        for file, listed in manifest["pieces"].items():
+            for entry in listed:
+                start, stop = int(entry["start"]), int(entry["stop"])
+                piece = _Piece(file, str(entry["key"]), entry["name"], start, stop, float(entry["residual"]))
+                pieces[piece.name].append(piece)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(folder / MANIFEST, f"has ranges that this program does not write ({error!r})") from error
     for held in pieces.values():
         held.sort(key=lambda piece: piece.start)
     return pieces
@@ -207,11 +237,12 @@ def _check_coverage(folder: Path, shapes: dict[str, tuple[int, ...]], pieces: di
 
 def _verify(folder: Path, manifest: dict[str, Any], files: Sequence[str]) -> None:
     for file in files:
-        entry = manifest["files"][file]
-        path = folder / file
-        if path.stat().st_size != entry["bytes"]:
-            raise _damaged(path, f"has {path.stat().st_size} bytes, not {entry['bytes']}")
-        if sha256_of_file(path) != entry["sha256"]:
+        path, entry = folder / file, manifest["files"].get(file)
+        if not path.is_file():
+            raise _damaged(path, "is missing")
+        if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
+            raise _damaged(path, f"has {path.stat().st_size} bytes, which is not what the manifest says")
+        if sha256_of_file(path) != entry.get("sha256"):
             raise _damaged(path, "has another SHA-256 than the manifest says")
 
 
@@ -235,17 +266,3 @@ def _fill(shard: ShardMemory, pieces: Sequence[_Piece], opened: dict[str, Any]) 
             target[low - shard.start : high - shard.start] = source.to(device=target.device, dtype=target.dtype)
     # R belongs to the whole parameter; the one rank that owns its first element counts it.
     shard.residual = residual if shard.start == 0 and shard.stop > 0 else 0.0
-
-
-def copies_of_each_element(shards: Sequence[ParamShard], all_elements: Tensor | None = None) -> int:
-    """How many ranks hold each element, from the number of elements summed over ranks (collective when not given).
-
-    1 when the ranks' shards partition the model (ZeRO 1 to 3, or one process), the world size when each holds it all.
-    """
-    whole = sum(_numel(shard.shape) for shard in shards)
-    if all_elements is None:
-        device = shards[0].value.device if shards else torch.device("cpu")
-        all_elements = all_reduce_sum(
-            torch.tensor(sum(s.num_elements for s in shards), dtype=torch.int64, device=device)
-        )
-    return max(1, round(int(all_elements) / max(1, whole)))

@@ -81,31 +81,36 @@ def bootstrap_transfer(
     scores: ExampleScores,
     baseline: Sequence[Sequence[float] | None] | None = None,
     *,
+    weights: Sequence[Sequence[float] | None] | None = None,
     num_resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> TransferMetrics:
     """Metrics with percentile intervals over examples: `scores[i][j]` holds the score of each example of task j.
 
+    `weights[j]` are the weights of task j's examples in its mean, for example the tokens behind each loss; None: all equal.
+
     Raises:
         DataError: as `transfer_metrics`, or a task whose stages were scored on different numbers of examples.
     """
     _check(scores, baseline)
     sizes = _example_counts(scores, baseline)
+    shares = [None] * len(sizes) if weights is None else list(weights)
     generator = random.Random(seed)
     draws: dict[str, list[float]] = {name: [] for name in METRICS}
     for _ in range(num_resamples):
         picks = [generator.choices(range(size), k=size) if size else [] for size in sizes]
-        rows = [[_picked_mean(cell, picks[task]) for task, cell in enumerate(row)] for row in scores]
-        first = None if baseline is None else [_picked_mean(cell, picks[task]) for task, cell in enumerate(baseline)]
+        rows = [_picked_means(row, picks, shares) for row in scores]
+        first = None if baseline is None else _picked_means(baseline, picks, shares)
         metrics = transfer_metrics(rows, first)
         for name in METRICS:
             value = getattr(metrics, name)
             if value is not None:
                 draws[name].append(value)
+    everything = [range(size) for size in sizes]
     whole = transfer_metrics(
-        [[_mean(list(cell)) if cell else None for cell in row] for row in scores],
-        None if baseline is None else [_mean(list(cell)) if cell else None for cell in baseline],
+        [_picked_means(row, everything, shares) for row in scores],
+        None if baseline is None else _picked_means(baseline, everything, shares),
     )
     tail = (1.0 - confidence) / 2
     intervals = {
@@ -153,8 +158,22 @@ def _mean(values: Sequence[Score]) -> Score:
     return sum(measured) / len(measured) if measured else None
 
 
-def _picked_mean(cell: Sequence[float] | None, picks: Sequence[int]) -> Score:
-    return sum([cell[i] for i in picks]) / len(picks) if cell else None
+def _picked_means(
+    row: Sequence[Sequence[float] | None],
+    picks: Sequence[Sequence[int]],
+    weights: Sequence[Sequence[float] | None],
+) -> list[Score]:
+    """Mean of each task over the picked examples; None where the task was not measured."""
+    return [
+        _weighted_mean(cell, chosen, weight) if cell else None
+        for cell, chosen, weight in zip(row, picks, weights, strict=True)
+    ]
+
+
+def _weighted_mean(cell: Sequence[float], picks: Sequence[int], weights: Sequence[float] | None) -> float:
+    if weights is None:
+        return sum([cell[i] for i in picks]) / len(picks)
+    return sum([cell[i] * weights[i] for i in picks]) / sum([weights[i] for i in picks])
 
 
 def _shallow(metrics: TransferMetrics) -> dict[str, Any]:

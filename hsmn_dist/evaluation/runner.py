@@ -58,7 +58,7 @@ def evaluate_task(
         by_kind.setdefault(example.kind, []).append(index)
     parts = {kind: SCORERS[kind](model, [scored[i] for i in places], settings) for kind, places in by_kind.items()}
     loss_examples = spread(examples, settings.num_loss_examples)
-    nll, tokens, num_bytes = target_loss(model, loss_examples)
+    loss = target_loss(model, loss_examples)
     conditions = _conditions(settings, split, len(examples), parts) | {"shots": len(shots)}
     if shots:
         conditions["shot_ids"] = [shot.id for shot in shots]
@@ -69,11 +69,7 @@ def evaluate_task(
         parts,
         settings,
         conditions,
-        {
-            "nll_per_token": nll / tokens if tokens else None,
-            "bits_per_byte": metrics.bits_per_byte(nll, num_bytes) if num_bytes else None,
-            "num_loss_examples": len(loss_examples),
-        },
+        loss,
     )
 
 
@@ -115,11 +111,20 @@ def spread(examples: Sequence[Example], count: int) -> list[Example]:
     return [examples[index * len(examples) // count] for index in range(count)]
 
 
-def target_loss(model: TextModel, examples: Sequence[Example]) -> tuple[float, int, int]:
-    """Sum of the targets' nll in nats, their tokens, their bytes."""
+def target_loss(model: TextModel, examples: Sequence[Example]) -> dict[str, Any]:
+    """The loss fields of a `TaskResult`: of all targets together, and of each example with a target token."""
     results = model.loglikelihood([(example.context, example.target) for example in examples])
     nll = math.fsum(result.nll_sum for result in results)
-    return nll, sum(result.num_tokens for result in results), sum(result.num_bytes for result in results)
+    tokens, num_bytes = sum(result.num_tokens for result in results), sum(result.num_bytes for result in results)
+    counted = [(example, result) for example, result in zip(examples, results, strict=True) if result.num_tokens]
+    return {
+        "nll_per_token": nll / tokens if tokens else None,
+        "bits_per_byte": metrics.bits_per_byte(nll, num_bytes) if num_bytes else None,
+        "num_loss_examples": len(examples),
+        "loss_ids": [example.id for example, _ in counted],
+        "loss_values": [result.nll_sum / result.num_tokens for _, result in counted],
+        "loss_tokens": [result.num_tokens for _, result in counted],
+    }
 
 
 def _conditions(settings: EvaluationConfig, split: str, num_given: int, parts: dict[str, KindScores]) -> dict[str, Any]:
@@ -166,10 +171,7 @@ def _assemble(
         metric=metric,
         status="measured" if measured else "not measured",
         score=metrics.mean(measured) if measured else None,
-        nll_per_token=loss["nll_per_token"],
-        bits_per_byte=loss["bits_per_byte"],
         num_examples=len(measured),
-        num_loss_examples=loss["num_loss_examples"],
         conditions=conditions,
         reason="; ".join(reasons),
         interval=interval,
@@ -177,6 +179,7 @@ def _assemble(
         extra=extra,
         example_ids=[scored[index].id for index in sorted(values)],
         example_scores=measured,
+        **loss,
     )
 
 

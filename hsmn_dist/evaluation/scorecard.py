@@ -6,7 +6,7 @@ not measured is None with a reason everywhere, never 0. Losses enter the transfe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -52,7 +52,7 @@ class Scorecard:
         score_matrix: main scores in [0, 1].
         loss_matrix: nats per target token.
         transfer_scores: TransferMetrics of `score_matrix`, with intervals.
-        transfer_losses: TransferMetrics of the negated `loss_matrix`.
+        transfer_losses: TransferMetrics of the negated `loss_matrix`, with intervals.
         references: rows of reference_scores.yaml whose benchmark is one of the tasks' datasets.
         contamination: task -> {"status": "measured" or "not measured", ...counts}.
         reproduce: commands that give these numbers again.
@@ -152,7 +152,7 @@ def build_scorecard(
         baseline_losses=[_loss(first.get(task)) for task in tasks],
         average_of_all_tasks=sum(measured) / len(measured) if measured else None,
         transfer_scores=_score_transfer(tasks, results, first, bootstrap_samples),
-        transfer_losses=_loss_transfer(losses, [_loss(first.get(task)) for task in tasks]),
+        transfer_losses=_loss_transfer(tasks, results, first, bootstrap_samples),
         references=_matching(references, run.get("datasets", {}), tasks),
         contamination={task: dict((contamination or {}).get(task, {"status": "not measured"})) for task in tasks},
         cost=_cost(run, stages),
@@ -169,11 +169,7 @@ def _loss(result: TaskResult | None) -> Score:
 
 
 def _compact(result: TaskResult | None) -> dict[str, Any] | None:
-    if result is None:
-        return None
-    value = result.to_json()
-    del value["example_ids"], value["example_scores"]
-    return value
+    return None if result is None else result.to_json(with_examples=False)
 
 
 def _score_transfer(
@@ -182,27 +178,50 @@ def _score_transfer(
     """Transfer of the scores; with intervals where every stage scored the same examples of a task."""
     if len(results) > len(tasks):
         return None
-    matrix = [[_score(row.get(task)) for task in tasks] for row in results]
-    first = [_score(baseline.get(task)) for task in tasks] if baseline else None
-    same = all(
-        len({tuple(row[task].example_ids) for row in [*results, baseline] if task in row}) <= 1 for task in tasks
-    )
-    if not bootstrap_samples or not same:
-        return transfer_metrics(matrix, first).to_json()
-    cells = [[_example_scores(row.get(task)) for task in tasks] for row in results]
-    before = [_example_scores(baseline.get(task)) for task in tasks] if baseline else None
+    if not bootstrap_samples or not _same_examples(tasks, results, baseline, lambda result: result.example_ids):
+        first = [_score(baseline.get(task)) for task in tasks] if baseline else None
+        return transfer_metrics([[_score(row.get(task)) for task in tasks] for row in results], first).to_json()
+    cells, before = _cells(tasks, results, baseline, lambda result: result.example_scores)
     return bootstrap_transfer(cells, before, num_resamples=bootstrap_samples).to_json()
 
 
-def _example_scores(result: TaskResult | None) -> list[float] | None:
-    return None if result is None or not result.example_scores else result.example_scores
-
-
-def _loss_transfer(losses: list[list[Score]], baseline: list[Score]) -> dict[str, Any] | None:
-    if not losses or len(losses) > len(losses[0]):
+def _loss_transfer(
+    tasks: Sequence[str], results: Sequence[Results], baseline: Results, bootstrap_samples: int
+) -> dict[str, Any] | None:
+    """Transfer of the negated losses; an example counts in its task's mean by its target tokens, also when it is drawn."""
+    if len(results) > len(tasks):
         return None
-    first = None if all(value is None for value in baseline) else [_negated(value) for value in baseline]
-    return transfer_metrics([[_negated(value) for value in row] for row in losses], first).to_json()
+    losses = [[_negated(_loss(row.get(task))) for task in tasks] for row in results]
+    before = [_negated(_loss(baseline.get(task))) for task in tasks]
+    has_baseline = any(value is not None for value in before)
+    measured = [row[task] for row in [*results, baseline] for task in tasks if task in row]
+    is_complete = all(result.loss_values for result in measured if result.nll_per_token is not None)
+    same = _same_examples(tasks, results, baseline, lambda result: [result.loss_ids, result.loss_tokens])
+    if not bootstrap_samples or not is_complete or not same:
+        return transfer_metrics(losses, before if has_baseline else None).to_json()
+    cells, first = _cells(tasks, results, baseline, lambda result: [-value for value in result.loss_values])
+    weights = [next((row[task].loss_tokens for row in results if task in row), None) for task in tasks]
+    first = first if has_baseline else None
+    return bootstrap_transfer(cells, first, weights=weights, num_resamples=bootstrap_samples).to_json()
+
+
+def _same_examples(
+    tasks: Sequence[str], results: Sequence[Results], baseline: Results, examples: Callable[[TaskResult], list[Any]]
+) -> bool:
+    """Whether a task was measured on the same examples after every stage, so that one draw serves all of them."""
+    rows = [*results, baseline]
+    return all(len({repr(examples(row[task])) for row in rows if task in row}) <= 1 for task in tasks)
+
+
+def _cells(
+    tasks: Sequence[str], results: Sequence[Results], baseline: Results, values: Callable[[TaskResult], list[float]]
+) -> tuple[list[list[list[float] | None]], list[list[float] | None] | None]:
+    """Each example's value by stage and task, and those before training; None where a task was not measured."""
+
+    def of(row: Results) -> list[list[float] | None]:
+        return [values(row[task]) or None if task in row else None for task in tasks]
+
+    return [of(row) for row in results], of(baseline) if baseline else None
 
 
 def _negated(value: Score) -> Score:

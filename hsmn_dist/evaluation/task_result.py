@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 Status = Literal["measured", "not measured"]
+PER_EXAMPLE = ("example_ids", "example_scores", "loss_ids", "loss_values", "loss_tokens")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class TaskResult:
         num_loss_examples: examples behind the loss.
         example_ids: ids of the scored examples, in order.
         example_scores: their scores, for intervals that belong together over stages.
+        loss_ids: ids of the examples behind the loss that have a target token, in order.
+        loss_values: their losses in nats per target token.
+        loss_tokens: their target tokens.
         conditions: split, shots, decoding, seed, prompt version, extraction: whatever moves the score.
     """
 
@@ -47,6 +51,9 @@ class TaskResult:
     extra: dict[str, float] = field(default_factory=dict)
     example_ids: list[str] = field(default_factory=list)
     example_scores: list[float] = field(default_factory=list)
+    loss_ids: list[str] = field(default_factory=list)
+    loss_values: list[float] = field(default_factory=list)
+    loss_tokens: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if (self.score is None) != (self.status == "not measured"):
@@ -54,9 +61,10 @@ class TaskResult:
         if self.score is not None and not 0.0 <= self.score <= 1.0:
             raise ValueError(f"task {self.task}: score {self.score} is not in [0, 1]")
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; numbers that JSON cannot hold become null."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
+    def to_json(self, with_examples: bool = True) -> dict[str, Any]:
+        """Plain JSON values; numbers that JSON cannot hold become null. Without examples, without the lists of them."""
+        left_out = () if with_examples else PER_EXAMPLE
+        return {key: _plain(value) for key, value in asdict(self).items() if key not in left_out}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> TaskResult:

@@ -62,6 +62,7 @@ class StageTraining:
             self._config.training.keep_last_checkpoints,
             context.fence.check,
             remote=self._remote_checkpoints(),
+            owner=f"{context.fence.attempt}-{context.fence.group}",
         )
 
     def run(self) -> dict[str, Any]:
@@ -81,10 +82,13 @@ class StageTraining:
             summary["checkpoint_uploads"] = self._finish_uploads()
             status = "finished"
         except Preempted:
+            status = "preempted"
             self._finish_uploads()
             raise
         finally:
-            tracker.finish(status if not self._context.wants_to_stop() else "preempted")
+            # Ranks that a grace time ended fail in many ways; a stage that came to its end in spite of it is finished.
+            was_asked = status == "failed" and self._context.wants_to_stop()
+            tracker.finish("preempted" if was_asked else status)
             engine.close()
         return summary
 
@@ -105,15 +109,19 @@ class StageTraining:
         return None if report is None else dataclasses.asdict(report)
 
     def _build_engine(self) -> Engine:
-        """Weights are drawn from the run's seed, the same on all ranks; later stages take over the stage before's."""
+        """Weights are drawn from the run's seed, or are those to start from; later stages take over the stage before's."""
         config = self._config
         seed_everything(config.seed)
         engine = build_engine(config.training, self._optim(), lambda: build_model(config.model), self._context.world)
-        if self._spec.index > 0:
-            before = self._stages[self._spec.index - 1]
-            engine.load_weights(load_weights(self._context.folder.stage(self._spec.index - 1, before.name).weights))
+        before, start = self._stage_before(), config.continual.start.weights
+        if before is not None or start:
+            engine.load_weights(load_weights(Path(start) if before is None else before.weights))
         seed_everything(derived_seed(config.seed, "stage", self._spec.index), self._context.world.rank)
         return engine
+
+    def _stage_before(self) -> StageFolder | None:
+        index = self._spec.index - 1
+        return None if index < 0 else self._context.folder.stage(index, self._stages[index].name)
 
     def _mask(self, engine: Engine) -> PruningMask | None:
         pruning = getattr(self._config.model, "pruning", None)
@@ -130,12 +138,15 @@ class StageTraining:
         return optim.model_copy(update={"optimizer": optimizer})
 
     def _earlier_tasks(self, engine: Engine) -> EwcMemory:
-        """What the stages before ask to be kept: the merged store of the last one, or nothing yet."""
+        """What came before asks to be kept: the merged store of the stage before, or that of the weights to start from."""
         shards = engine.param_shards(with_gradients=False)
-        if self._spec.index == 0 or self._config.continual.method not in PROTECTING:
+        before, start = self._stage_before(), self._config.continual.start.fisher
+        if self._config.continual.method not in PROTECTING or (before is None and not start):
             return EwcMemory.empty(shards)
-        before = self._stages[self._spec.index - 1]
-        return load_store(self._context.folder.stage(self._spec.index - 1, before.name).ewc, shards)
+        memory = load_store(Path(start) if before is None else before.ewc, shards)
+        if self._config.continual.method != "l2":  # refused now, not after hours of training
+            memory.check_record(fisher_record(self._spec.name, self._config.continual.fisher, 1))
+        return memory
 
     def _open_tracker(self, first_step: int) -> Tracker:
         folder, config = self._context.folder, self._config
@@ -221,7 +232,10 @@ class StageTraining:
         training = self._config.training
         place = data_place(training, self._context.world)
         size, count = training.micro_batch_examples, training.num_validation_examples
-        return self._split_batches("validation", size, count, None, place)
+        for batch in self._split_batches("validation", size, count, None, place):
+            self._context.heart.beat()
+            yield batch
+        self._context.heart.wait()  # for the sum over the ranks
 
     def _remember(self, engine: Engine, memory: EwcMemory, tracker: Tracker) -> dict[str, Any] | None:
         """Measure what this stage needs kept and write it, merged with the stages before, to the stage's store."""
@@ -247,20 +261,21 @@ class StageTraining:
             config.seed,
             (world.rank, world.world_size),
         )
-        total = sum(self._counts(batches))
+        total = sum(self._counts())
         heart = self._context.heart
         heart.beat(phase="fisher", step=0, num_steps=total)
 
         def progress(done: int, of: int) -> None:
             heart.beat(step=done, num_steps=of)
+            self._context.leave_together()
 
-        unfinished = self._folder.path / "fisher_unfinished"
+        unfinished = self._folder.fisher_unfinished
         with undivided(engine.module):  # squares of gradients need each example's whole gradient on one rank
             fisher = run_fisher(engine, batches(), config, world, total, progress, unfinished)
         tracker.log_metrics({metric_names.FISHER_EXAMPLES: float(total)}, self._num_steps)
         return fisher, fisher_record(self._spec.name, config, total)
 
-    def _counts(self, batches: Callable[[], Iterator[Batch]]) -> Iterator[int]:
+    def _counts(self) -> Iterator[int]:
         """Examples that the Fisher uses from each dataset, over all ranks."""
         from hsmn_dist.data.stream.loader import open_split
 
@@ -278,6 +293,7 @@ class StageTraining:
         export_weights(engine, self._config.model, self._folder.weights, facts)
         if self._context.world.is_first:
             shutil.copyfile(self._context.prepared["tokenizer"], self._folder.weights / TOKENIZER_NAME)
+        self._context.heart.wait()
         barrier()
 
     def _draw(self, tracker: Tracker) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hsmn_dist.config.optim import OptimConfig
 from hsmn_dist.config.training import TrainingConfig
 from hsmn_dist.continual.ewc import EwcMemory, EwcPenalty, TaskRecord
-from hsmn_dist.continual.store import copies_of_each_element, load_store, save_store
+from hsmn_dist.continual.store import load_store, save_store
 from hsmn_dist.distributed.collectives import all_reduce_sum
 from hsmn_dist.distributed.determinism import seed_everything
 from hsmn_dist.distributed.world import World
@@ -158,7 +158,7 @@ def on_ranks(world: World, stages: list[int], precision: str, folder: str, appli
     for stage in stages:
         engine = engine_at(world, "deepspeed", stage, precision, application=application)
         memory = memory_for(engine)
-        copies = copies_of_each_element(engine.param_shards(False))
+        copies = engine.num_shard_copies
         assert copies == (world.world_size if stage == 0 else 1)
         save_store(Path(folder) / str(stage), memory, world, copies)
         source = Path(folder) / str(stages[max(0, stages.index(stage) - 1)])

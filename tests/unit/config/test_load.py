@@ -196,3 +196,22 @@ def test_an_elastic_range_is_checked_for_every_number_of_ranks(tmp_path: Path) -
 def write_resolved_text(config: RunConfig, folder: Path) -> str:
     write_resolved(config, folder / "resolved.yaml")
     return (folder / "resolved.yaml").read_text()
+
+
+def test_a_misspelled_component_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
+    error = refusal(write(tmp_path, MINIMAL), "continual.component_strength.encodr=2.0")
+    assert "continual.component_strength.encodr" in error.found
+    assert "did you mean 'encoder'?" in error.action and "decompressor" in error.allowed
+    error = refusal(write(tmp_path, MINIMAL), "continual.component_strength.encoder=-1.0")
+    assert "continual.component_strength.encoder: -1.0" in error.found
+    error = refusal(write(tmp_path, MINIMAL), "continual.strength=-1")
+    assert "continual.strength" in error.found
+
+
+def test_a_store_to_start_from_needs_its_weights_and_a_method_that_keeps_it(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    assert "without the weights" in refusal(path, "continual.start.fisher=store").found
+    both = ("continual.start.fisher=store", "continual.start.weights=weights")
+    assert "continual.start.fisher" in refusal(path, *both, "continual.method=replay").found
+    start = load_run_config(path, both).continual.start
+    assert Path(start.weights).is_absolute() and Path(start.fisher).name == "store"

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from hsmn_dist.continual.ewc import EwcMemory, EwcPenalty, TaskRecord
 from hsmn_dist.continual.store import (
     MANIFEST,
-    copies_of_each_element,
     finish_store,
     load_store,
     rank_file,
@@ -88,7 +87,8 @@ def test_ranges_of_any_layout_are_read(tmp_path: Path) -> None:
 def test_saving_again_replaces_the_store(tmp_path: Path) -> None:
     write(tmp_path, 4)
     save_store(tmp_path, memory_at(0, 1), World())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST, rank_file(0)]
+    first, second = sorted(path.name for path in tmp_path.iterdir())
+    assert first == MANIFEST and second.startswith("shard_00000_")
     assert read_manifest(tmp_path)["world_size"] == 1
 
 
@@ -140,15 +140,55 @@ def test_another_models_store_is_refused_with_every_difference(tmp_path: Path) -
         assert part in message
 
 
+def test_a_store_that_is_being_replaced_stays_whole_until_the_new_manifest(tmp_path: Path) -> None:
+    write(tmp_path, 2)
+    write_rank_file(tmp_path, memory_at(0, 1), 0, 1, save="later")  # and a crash before finish_store
+    shards = shards_of(random_weights(9, SHAPES, torch.float32))
+    loaded = load_store(tmp_path, shards)
+    for mine, wanted in zip(loaded.shards, memory_at(0, 1).shards, strict=True):
+        assert torch.equal(mine.precision, wanted.precision)
+    save_store(tmp_path, memory_at(0, 1), World())
+    assert len(list(tmp_path.iterdir())) == 2  # what the crash left is gone as well
+
+
+@pytest.mark.parametrize(
+    ("what", "value"), [("precision", float("nan")), ("precision", -1.0), ("centre", float("inf")), ("residual", -2.0)]
+)
+def test_a_stored_fisher_or_anchor_that_would_poison_every_step_is_refused(
+    tmp_path: Path, what: str, value: float
+) -> None:
+    memory = memory_at(0, 1)
+    if what == "residual":
+        memory.shards[0].residual = value
+    else:
+        getattr(memory.shards[0], what)[0] = value
+    save_store(tmp_path, memory, World())
+    with pytest.raises(CheckpointError, match=r"a\.weight.*negative or not finite"):
+        load_store(tmp_path, shards_of(random_weights(0, SHAPES, torch.float32)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pieces": {"x": [{}]}},
+        {"pieces": {"x": 3}},
+        {"tasks": [{"unknown": 1}]},
+        {"tasks": [3]},
+        {"files": {rank_file(0): {"sha256": "", "bytes": 1}}},
+        {"files": {}},
+    ],
+)
+def test_a_manifest_of_another_shape_is_refused_with_its_path(tmp_path: Path, change: dict) -> None:
+    write(tmp_path, 1)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        load_store(tmp_path, shards_of(random_weights(0, SHAPES, torch.float32)))
+
+
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     write(tmp_path, 1)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "version": 99}))
     with pytest.raises(CheckpointError, match="version 99"):
         read_manifest(tmp_path)
-
-
-def test_copies_are_counted_from_the_elements_of_all_ranks() -> None:
-    shards = shards_of(random_weights(0, SHAPES))
-    assert copies_of_each_element(shards) == 1
-    assert copies_of_each_element(shards, torch.tensor(4 * 25)) == 4

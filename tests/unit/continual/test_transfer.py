@@ -79,6 +79,15 @@ def test_bootstrap_draws_the_same_examples_for_every_stage() -> None:
     assert low < 0.5 < high
 
 
+def test_weights_count_an_example_by_its_tokens_in_every_draw() -> None:
+    # One long example of loss 1 and three short ones of loss 0: by tokens the mean is 0.75, by examples 0.25.
+    column = [-1.0, 0.0, 0.0, 0.0]
+    metrics = bootstrap_transfer([[column]], weights=[[9.0, 1.0, 1.0, 1.0]], num_resamples=300)
+    assert metrics.average_accuracy == pytest.approx(-0.75)
+    low, high = metrics.intervals["average_accuracy"]
+    assert low < -0.75 < high <= 0.0
+
+
 def test_bootstrap_interval_of_a_mean_has_about_the_normal_width() -> None:
     generator = random.Random(1)
     scores = [float(generator.random() < 0.5) for _ in range(400)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -16,7 +17,7 @@ from hsmn_dist.evaluation.scorecard_markdown import scorecard_markdown
 from hsmn_dist.evaluation.scorecard_text import transfer_rows
 from hsmn_dist.evaluation.task_result import TaskResult
 from hsmn_dist.foundation.errors import DataError
-from tests.support.scorecards import LOSSES, SCORES, TASKS, result, rows, sample_scorecard
+from tests.support.scorecards import BASELINE, LOSSES, SCORES, TASKS, result, rows, sample_scorecard
 
 
 def test_matrices_and_transfer_numbers_are_those_worked_out_by_hand():
@@ -55,6 +56,38 @@ def test_transfer_has_intervals_only_where_all_stages_scored_the_same_examples()
     other = rows()
     other[1]["passkey"] = result("passkey", 0.5, 3.0, num_examples=8)
     assert sample_scorecard(results=other).transfer_scores["intervals"] == {}
+
+
+def with_losses(rows_of_results, num_examples: int = 6):
+    """The same results with the loss of each example: the last one, of one token, makes up for what the others differ."""
+    changed = []
+    for row in rows_of_results:
+        changed.append({})
+        for task, one in row.items():
+            tokens = [3] * (num_examples - 1) + [1]
+            values = [one.nll_per_token + 0.1 * index for index in range(num_examples - 1)]
+            last = one.nll_per_token * sum(tokens) - sum(3 * value for value in values)
+            ids = [f"{task}-{index}" for index in range(num_examples)]
+            changed[-1][task] = replace(one, loss_ids=ids, loss_values=[*values, last], loss_tokens=tokens)
+    return changed
+
+
+def test_losses_have_intervals_too_where_every_example_has_its_loss():
+    baseline = with_losses(rows([BASELINE[0]], [BASELINE[1]]))[0]
+    card = sample_scorecard(results=with_losses(rows()), baseline=baseline)
+    plain = sample_scorecard(bootstrap_samples=0)
+    for name, value in plain.transfer_losses.items():
+        if isinstance(value, float):
+            assert card.transfer_losses[name] == pytest.approx(value)
+            low, high = card.transfer_losses["intervals"][name]
+            assert low - 1e-9 <= value <= high + 1e-9
+    low, high = card.transfer_losses["intervals"]["average_accuracy"]
+    assert low < high
+    assert plain.transfer_losses["intervals"] == {}
+    other = with_losses(rows())
+    other[1] = with_losses(rows(), num_examples=5)[1]
+    assert sample_scorecard(results=other, baseline=baseline).transfer_losses["intervals"] == {}
+    assert "loss_values" not in card.results[0][0]
 
 
 def test_not_measured_is_never_a_zero():
