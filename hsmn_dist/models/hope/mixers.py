@@ -127,6 +127,14 @@ class AttentionMixer(nn.Module):
         return after, torch.cat([cached, inside.expand(batch, -1, -1, -1)], -1)
 
 
+def positive_features(x: Tensor) -> Tensor:
+    """phi(x) = elu(x) + 1, which rounds to 0 far below 0: held at the smallest value that it can have beside 0.
+
+    Sums of products then never vanish, so that a token whose features all rounded to 0 does not divide 0 by 0.
+    """
+    return F.threshold(F.elu(x).add_(1.0), 0.0, torch.finfo(x.dtype).eps / 2)
+
+
 class LinearMixer(nn.Module):
     """Linear attention with phi(x) = elu(x) + 1, chunk-parallel, O(T). Parameters: 4 D^2."""
 
@@ -141,7 +149,7 @@ class LinearMixer(nn.Module):
     ) -> tuple[Tensor, LinearState | None, dict[str, Tensor]]:
         """[B, T, D] -> [B, T, D], the memory after the last token when it is wanted, and no health scalars."""
         query, key, value = self.project(x).chunk(3, -1)
-        query, key = F.elu(query) + 1.0, F.elu(key) + 1.0
+        query, key = positive_features(query), positive_features(key)
         one = torch.ones(1, dtype=torch.promote_types(query.dtype, torch.float32), device=x.device)
         total, normaliser = self._normalised(query, key, state, info, one)
         gains = 1.0 / total.to(one.dtype)

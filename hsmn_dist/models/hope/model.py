@@ -142,14 +142,26 @@ class HopeModel(LanguageModel):
             places = rows.context_lengths[:, None] + torch.arange(width, device=hidden.device)
             picked = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
             return ModelOutput(logits=self.head(self.norm(picked)), state=after, aux=aux)
+        return ModelOutput(nll=self._losses(hidden, rows.context_lengths, inputs, target_loss), state=after, aux=aux)
+
+    def _losses(self, hidden: Tensor, lengths: Tensor, inputs: ModelInput, target_loss: TargetLoss) -> Tensor:
+        """Losses [B, T] of the scored targets, which stand behind contexts of `lengths` [B] in `hidden` [B, L, D]."""
+        if torch.compiler.is_compiling():  # a data-dependent shape would break the graph: pay for unscored targets
+            num_rows, num_positions = inputs.loss_mask.shape
+            index = torch.arange(num_rows * num_positions, device=hidden.device)
+            batch_rows, positions = index // num_positions, index % num_positions
+            places = lengths[:, None] + torch.arange(num_positions, device=hidden.device)
+            scored = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
+            losses = target_loss(self.head(self.norm(scored)), inputs.target_ids.flatten(), batch_rows, positions)
+            return losses.unflatten(0, (num_rows, num_positions)).masked_fill(~inputs.loss_mask, 0.0)
         batch_rows, positions = inputs.loss_mask.nonzero(as_tuple=True)
-        scored = hidden[batch_rows, rows.context_lengths[batch_rows] + positions]  # [M, D]
+        scored = hidden[batch_rows, lengths[batch_rows] + positions]  # [M, D]
         labels = inputs.target_ids[batch_rows, positions]
         with example_rows(batch_rows):
             logits = self.head(self.norm(scored))
         losses = target_loss(logits, labels, batch_rows, positions)
         nll = torch.zeros(inputs.target_ids.shape, dtype=losses.dtype, device=losses.device)
-        return ModelOutput(nll=nll.index_put((batch_rows, positions), losses), state=after, aux=aux)
+        return nll.index_put((batch_rows, positions), losses)
 
     def score_continuations(self, inputs: ModelInput, owners: Tensor, target_loss: TargetLoss | None) -> ModelOutput:
         """See `LanguageModel.score_continuations`: each context is read once, its last token pending."""

@@ -52,6 +52,40 @@ def decayed_read_steps(
     return torch.stack(reads), memory
 
 
+def linear_attention_steps(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernelised attention as a recurrence (arXiv 2006.16236, equations 16 to 20), the numerator rotated (2104.09864, 19).
+
+    Args:
+        query: [T, K], before the feature map.
+        key: [T, K], before the feature map.
+        value: [T, K].
+        cos: [T, K/2] of the positions' angles.
+        sin: [T, K/2].
+
+    Returns:
+        Reads [T, K], the memory [K, K] of rotated phi(k) v^T and the normaliser [K] after the last token.
+    """
+
+    def feature(x: Tensor) -> Tensor:
+        return torch.where(x > 0, x + 1.0, x.clamp(max=0.0).exp())
+
+    def turned(x: Tensor, t: int) -> Tensor:
+        half = len(x) // 2
+        pairs = [(x[i], x[half + i], cos[t, i], sin[t, i]) for i in range(half)]
+        return torch.stack([a * c - b * s for a, b, c, s in pairs] + [b * c + a * s for a, b, c, s in pairs])
+
+    memory, normaliser = query.new_zeros(key.shape[1], value.shape[1]), query.new_zeros(key.shape[1])
+    reads = []
+    for t in range(len(query)):
+        q, k = feature(query[t]), feature(key[t])
+        memory = memory + torch.outer(turned(k, t), value[t])  # S_t = S_(t-1) + R_t phi(k_t) v_t^T
+        normaliser = normaliser + k  # z_t = z_(t-1) + phi(k_t)
+        reads.append(memory.mT @ turned(q, t) / (q @ normaliser))
+    return torch.stack(reads), memory, normaliser
+
+
 @dataclass(frozen=True)
 class Memory:
     """One neural memory of one head: M(z) = skip(z) + W1 gelu(W2 z), or skip alone.
