@@ -45,9 +45,9 @@ class FisherConfig(Section):
 
 
 COMPONENTS = {
-    "hsmn": ("embedding", "encoder", "aggregator", "decompressor", "decoder", "head"),
+    "hsmn": ("embedding", "encoder", "compressor", "aggregator", "decompressor", "decoder", "head"),
     "hope": ("embedding", "mixer", "cms", "mlp", "head"),
-    "hsmn_hope": ("embedding", "encoder", "aggregator", "decompressor", "decoder", "cms", "head"),
+    "hsmn_hope": ("embedding", "encoder", "compressor", "aggregator", "decompressor", "decoder", "cms", "head"),
 }
 """Parts of each model family that may have a strength of their own; the models' `parameter_components` give the same names."""
 
