@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
+import os
+import platform
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
@@ -19,21 +16,24 @@ from hsmn_dist.config.load import config_digest, run_config_from_mapping, write_
 from hsmn_dist.config.run import RunConfig
 from hsmn_dist.data.shards.remote import folder_name, is_url
 from hsmn_dist.foundation.errors import CheckpointError, ConfigError, HsmnError, Preempted, StageFailed
-from hsmn_dist.foundation.files import sha256_of_file, write_json, write_text
+from hsmn_dist.foundation.files import sha256_of_file, write_json
 from hsmn_dist.foundation.log import logger
 from hsmn_dist.foundation.provenance import provenance
 from hsmn_dist.orchestration.adjustments import shrink_micro_batch
-from hsmn_dist.orchestration.attempt import new_attempt
+from hsmn_dist.orchestration.attempt import check_attempt, new_attempt
 from hsmn_dist.orchestration.failures import POLICIES, FailureKind, classify
-from hsmn_dist.orchestration.heartbeat import has_ended, read_beats, silent_rank
+from hsmn_dist.orchestration.hang_watch import hang_watch
+from hsmn_dist.orchestration.heartbeat import read_beats
 from hsmn_dist.orchestration.journal import append_event, read_events, run_status
-from hsmn_dist.orchestration.launcher import StageLauncher
-from hsmn_dist.orchestration.run_folder import RunFolder, new_run_folder
-from hsmn_dist.orchestration.stage import pending_specs
+from hsmn_dist.orchestration.launcher import StageLauncher, preempted
+from hsmn_dist.orchestration.run_folder import RunFolder, new_run_folder, resume_command
+from hsmn_dist.orchestration.stage import StageSpec, pending_specs
+from hsmn_dist.orchestration.stop_signals import StopAsked, StopSignals
 
 log = logger(__name__)
 
-WATCH_SECONDS = 1.0
+ENDED_FROM_OUTSIDE = (FailureKind.WORKER_LOST, FailureKind.HUNG)
+"""How ranks end that are killed when the grace time is over."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def create_run(config: RunConfig) -> Run:
     write_json(folder.provenance, provenance(config_digest(config)))
     attempt = new_attempt(folder)
     write_resolved(config, folder.config)  # last: a run exists when its configuration does
-    append_event(folder.journal, "run_started", attempt=attempt, config_sha256=sha256_of_file(folder.config))
+    digest = sha256_of_file(folder.config)
+    append_event(folder.journal, "run_started", attempt=attempt, config_sha256=digest, **_this_driver())
     return Run(config, folder, attempt)
 
 
@@ -79,8 +80,13 @@ def reopen_run(folder: RunFolder) -> Run:
             action=f"see `hsmn-dist scorecard {folder.run_id}`",
         )
     attempt = new_attempt(folder)
-    append_event(folder.journal, "run_resumed", attempt=attempt)
+    append_event(folder.journal, "run_resumed", attempt=attempt, **_this_driver())
     return Run(config, folder, attempt)
+
+
+def _this_driver() -> dict[str, Any]:
+    """Whom `runs show` asks for when no rank gives a sign of life."""
+    return {"host": platform.node(), "pid": os.getpid()}
 
 
 def load_stored_config(folder: RunFolder) -> RunConfig:
@@ -94,55 +100,94 @@ def run_curriculum(
     """`prepare` the data, run what is pending of a curriculum, then `finish` (scorecard and figures).
 
     Raises:
-        Preempted: the run was asked to leave; a checkpoint was written.
+        Preempted: the run was asked to leave; it goes on from its last checkpoint.
         StageFailed, HsmnError: it could not go on; the journal says why.
     """
     folder = run.folder
-    try:
-        prepare(run)
-        with _stop_on_signals(folder, launcher, run.config.cluster.grace_seconds):
-            _launch_until_done(run, launcher)
-        finish(run)
-    except Preempted:
-        _note_end(run, "run_preempted")
-        raise
-    except HsmnError as error:
-        kind, rank = classify(error).value, getattr(error, "rank", -1)
-        _note_end(run, "run_failed", kind=kind, rank=rank, found=error.found, action=error.action)
-        raise
-    finally:
-        launcher.stop()
-    append_event(folder.journal, "run_completed", attempt=run.attempt)
+    check_attempt(folder, run.attempt)
+    folder.stop_request.unlink(
+        missing_ok=True
+    )  # once, before the handlers: what comes after them is meant for this driver
+    with StopSignals(folder, run.attempt, launcher.stop, run.config.cluster.grace_seconds) as signals:
+        try:
+            try:
+                prepare(run)
+                _launch_until_done(run, launcher, signals)
+                check_attempt(folder, run.attempt)
+                finish(run)
+            finally:
+                signals.hold()
+            check_attempt(folder, run.attempt)
+            append_event(folder.journal, "run_completed", attempt=run.attempt)
+        except (StopAsked, Preempted, KeyboardInterrupt) as error:
+            _note_end(run, "run_preempted")
+            if isinstance(error, StopAsked):
+                raise preempted(folder) from None
+            raise
+        except Exception as error:
+            failure = _explained(error, folder)
+            kind, rank = classify(failure).value, getattr(failure, "rank", -1)
+            found, action = _found_and_action(failure)
+            _note_end(run, "run_failed", kind=kind, rank=rank, found=found, action=action)
+            if failure is error:
+                raise
+            raise failure from error
+        finally:
+            launcher.stop()
+
+
+def _explained(error: Exception, folder: RunFolder) -> Exception:
+    """An error of the system that the table knows (a full disk, no memory) in three parts; any other one as it is."""
+    kind = classify(error)
+    if isinstance(error, HsmnError) or kind is FailureKind.UNKNOWN:
+        return error
+    return StageFailed(
+        f"the driver met: {error or repr(error)}",
+        action=f"{POLICIES[kind].advice}; resume with `{resume_command(folder)}`",
+        kind=kind.value,
+    )
+
+
+def _found_and_action(error: Exception) -> tuple[str, str]:
+    if isinstance(error, HsmnError):
+        return error.found, error.action
+    return f"the driver met {error!r}", "this is a defect of hsmn-dist: report the lines that it printed"
 
 
 def _note_end(run: Run, event: str, **fields: Any) -> None:
-    """A last line of the journal. A full disk is no reason to hide the error that is on its way."""
+    """A last line of the journal. Neither a full disk nor a successor is a reason to hide the error that is on its way.
+
+    Of a driver that was replaced nothing is written: the journal tells of the attempt that goes on.
+    """
     try:
+        check_attempt(run.folder, run.attempt)
         append_event(run.folder.journal, event, attempt=run.attempt, **fields)
     except OSError as error:
         log.warning("%s: the journal could not be written: %s", run.folder.journal, error)
+    except HsmnError as error:
+        log.warning("%s is not noted: %s", event, error.found)
 
 
-def _launch_until_done(run: Run, launcher: StageLauncher) -> None:
+def _launch_until_done(run: Run, launcher: StageLauncher, signals: StopSignals) -> None:
     """Launch what is pending; after a failure again, as often as the table of failures allows for its kind."""
-    spent: Counter[FailureKind] = Counter()
-    while specs := pending_specs(run.config, run.folder, run.attempt):
+    folder, spent = run.folder, Counter[FailureKind]()
+    while specs := pending_specs(run.config, folder, run.attempt):
+        _leave_if_asked(folder)
+        check_attempt(folder, run.attempt)
         try:
-            with _watch(run, launcher) as hung:
-                try:
-                    launcher.launch(specs)
-                except HsmnError:
-                    if hung:
-                        raise hung[0] from None
-                    raise
+            with signals.held():
+                _launch(run, launcher, specs)
         except StageFailed as error:
+            check_attempt(folder, run.attempt)
             kind = classify(error)
             change = _change_for_retry(run, kind) if spent[kind] < POLICIES[kind].retries else None
-            if change is None or run.folder.stop_request.exists():
+            if change is not None or kind in ENDED_FROM_OUTSIDE:
+                _leave_if_asked(folder)
+            if change is None:
                 raise
             spent[kind] += 1
             append_event(
-                run.folder.journal,
+                folder.journal,
                 "retried",
                 attempt=run.attempt,
                 kind=kind.value,
@@ -153,16 +198,31 @@ def _launch_until_done(run: Run, launcher: StageLauncher) -> None:
                 allowed=POLICIES[kind].retries,
             )
             log.warning("%s; %s (retry %d of %d)", error.found, change, spent[kind], POLICIES[kind].retries)
+    _leave_if_asked(folder)
+
+
+def _launch(run: Run, launcher: StageLauncher, specs: Sequence[StageSpec]) -> None:
+    """One launch under the watch, whose verdict explains what the launcher saw of it."""
+    with hang_watch(run.folder, run.attempt, run.config.cluster.stall_seconds, launcher.stop) as hung:
+        try:
+            launcher.launch(specs)
+        except Exception:
+            if hung:
+                raise hung[0] from None
+            raise
+
+
+def _leave_if_asked(folder: RunFolder) -> None:
+    if folder.stop_request.exists():
+        raise preempted(folder)
 
 
 def _change_for_retry(run: Run, kind: FailureKind) -> str | None:
     """Do what the table says before a retry; in words. None when it cannot be done."""
     if not POLICIES[kind].halves_micro_batch:
         return "started again from the last checkpoint"
-    size = shrink_micro_batch(run.config, run.folder)
-    return (
-        None if size is None else f"started again with training.micro_batch_examples {size}, the global batch as it was"
-    )
+    is_fisher = any(beat.phase == "fisher" for beat in read_beats(run.folder.path / "heartbeats"))
+    return shrink_micro_batch(run.config, run.folder, is_fisher)
 
 
 def record_prepared(folder: RunFolder, tokenizer: Path, folders: dict[str, Path]) -> None:
@@ -176,62 +236,3 @@ def record_prepared(folder: RunFolder, tokenizer: Path, folders: dict[str, Path]
             },
         },
     )
-
-
-@contextmanager
-def _stop_on_signals(folder: RunFolder, launcher: StageLauncher, grace_seconds: float) -> Iterator[None]:
-    """TERM and USR1 ask the ranks to checkpoint and leave; after the grace time the launcher is stopped. Idempotent."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    timers: list[threading.Timer] = []
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if not timers:
-            write_text(folder.stop_request, f"signal {number}\n")
-            timer = threading.Timer(grace_seconds, launcher.stop)
-            timer.daemon = True
-            timers.append(timer)
-            timer.start()
-
-    names = (signal.SIGTERM, signal.SIGUSR1)
-    before = {name: signal.signal(name, ask) for name in names}
-    try:
-        yield
-    finally:
-        for timer in timers:
-            timer.cancel()
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-
-@contextmanager
-def _watch(run: Run, launcher: StageLauncher) -> Iterator[list[StageFailed]]:
-    """Look at the heartbeats; a rank that falls silent ends the launch and is named."""
-    hung: list[StageFailed] = []
-    done = threading.Event()
-
-    def look() -> None:
-        while not done.wait(WATCH_SECONDS):
-            beats = [beat for beat in read_beats(run.folder.path / "heartbeats") if not has_ended(beat)]
-            beat = silent_rank(beats, run.config.cluster.stall_seconds, time.time())
-            if beat is not None:
-                hung.append(
-                    StageFailed(
-                        f"rank {beat.rank} on {beat.host} has been silent for {time.time() - beat.time:.0f} s "
-                        f"(stage {beat.stage}, {beat.phase}, step {beat.step})",
-                        allowed=f"a sign of life every {run.config.cluster.stall_seconds:g} s (cluster.stall_seconds)",
-                        kind="hung",
-                        rank=beat.rank,
-                    )
-                )
-                launcher.stop()
-                return
-
-    thread = threading.Thread(target=look, daemon=True, name="heartbeat-watch")
-    thread.start()
-    try:
-        yield hung
-    finally:
-        done.set()
-        thread.join(timeout=5)

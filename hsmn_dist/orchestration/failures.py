@@ -96,7 +96,14 @@ LOST_NEIGHBOUR_SIGNS = (
     "NCCL error",
     "Timed out waiting",
 )
-MEMORY_SIGNS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+MEMORY_SIGNS = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "running low on memory",
+)
+"""The last one is Ray's memory monitor, which kills a worker before the kernel does."""
 DISK_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space, quota used up, file-size limit: for the reader all of them are a full disk."""
 

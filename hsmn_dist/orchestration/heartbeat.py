@@ -2,7 +2,9 @@
 
 Written without a flush to the disk: it is a sign of life, not a record. Unusual: it has two times. `time` is that of the training's
 last progress; `alive` is kept fresh by a thread of the rank. Where all ranks stand still because one of them does, the one that no
-longer breathes (a stopped process, a dead machine) or is the furthest behind is the culprit, and the others wait for it.
+longer breathes (a stopped process, a dead machine) or is the furthest behind is the culprit, and the others wait for it. A rank that
+knows that it waits for the others says so, and is not blamed while one of them works. Files of ranks that are gone stay behind (nobody
+can ask another machine's processes): each beat names its attempt, group and number of ranks, and those of earlier groups do not count.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ from typing import Any
 
 MIN_INTERVAL_SECONDS = 0.25
 BREATH_SECONDS = 1.0
+JOINING = -1
 
 
 @dataclass(frozen=True)
 class Beat:
     """Where a rank is. `phase` is join, prepare, baseline, train, fisher, export, evaluate or done.
 
-    `time` is that of the last progress, `alive` that of the last sign of life of process `pid`.
+    `time` is that of the last progress, `alive` that of the last sign of life of process `pid`, `begun` that of its first one.
+    `group` is JOINING until the ranks have met. `waits` says that the rank stands in a collective after its own part of the work.
     """
 
     rank: int
@@ -40,17 +44,24 @@ class Beat:
     time: float
     alive: float = 0.0
     pid: int = 0
+    begun: float = 0.0
+    attempt: str = ""
+    group: int = JOINING
+    world_size: int = 0
+    waits: bool = False
 
 
 class Heart:
     """Writes this rank's beats, at most a few a second; `start` adds a thread that writes while the training waits."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    def __init__(self, folder: Path, rank: int, world_size: int = 0, attempt: str = "") -> None:
         self._path = folder / f"rank_{rank:05d}.json"
         self._rank = rank
+        self._group: dict[str, Any] = {"attempt": attempt, "group": JOINING, "world_size": world_size, "begun": time.time()}
         self._written = 0.0
         self._progress = time.time()
-        self._fields: dict[str, Any] = {"stage": "", "stage_index": 0, "phase": "", "step": 0, "num_steps": 0}
+        place: dict[str, Any] = {"stage": "", "stage_index": 0, "phase": "", "step": 0, "num_steps": 0}
+        self._fields = {**place, "waits": False}
         self._lock = threading.Lock()
         self._ended = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,11 +75,21 @@ class Heart:
         """End the thread."""
         self._ended.set()
 
+    def meet(self, group: int) -> None:
+        """Note the group that this rank belongs to, once the ranks have met."""
+        self._group["group"] = group
+        self.beat(force=True)
+
+    def wait(self) -> None:
+        """Note that this rank has done its part and waits for the others, until its next beat."""
+        self.beat(force=True, waits=True)
+
     def beat(self, force: bool = False, **fields: Any) -> None:
         """Note progress and new fields; a change of phase is written at once."""
         with self._lock:
-            changed = force or fields.get("phase", self._fields["phase"]) != self._fields["phase"]
-            self._fields.update(fields)
+            before = self._fields
+            self._fields = {**before, "waits": False, **fields}
+            changed = force or any(self._fields[name] != before[name] for name in ("phase", "waits"))
             self._progress = time.time()
             if changed or self._progress - self._written >= MIN_INTERVAL_SECONDS:
                 self._write(self._progress)
@@ -88,7 +109,8 @@ class Heart:
             time=self._progress,
             alive=now,
             pid=os.getpid(),
-            **{name: self._fields[name] for name in ("stage", "stage_index", "phase", "step", "num_steps")},
+            **self._group,
+            **{name: self._fields[name] for name in ("stage", "stage_index", "phase", "step", "num_steps", "waits")},
         )
         aside = self._path.with_suffix(".tmp")
         with contextlib.suppress(OSError):  # a full disk is told by the training, not by its heart
@@ -109,26 +131,52 @@ def read_beats(folder: Path) -> list[Beat]:
 
 def has_ended(beat: Beat) -> bool:
     """Whether the process that wrote a beat is known to be gone: it is not silent but dead, which is its launcher's business."""
-    if not beat.pid or beat.host != platform.node():
+    return bool(beat.pid) and is_process_gone(beat.host, beat.pid)
+
+
+def is_process_gone(host: str, pid: int) -> bool:
+    """Whether there is no such process on this host; of other hosts nothing is known."""
+    if host != platform.node():
         return False
     try:
-        os.kill(beat.pid, 0)
-    except ProcessLookupError:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:
         return False
     return False
 
 
+def of_newest_group(beats: list[Beat], attempt: str) -> list[Beat]:
+    """The beats of the group that an attempt started last; those that its predecessors left behind are dropped.
+
+    Unusual: while new ranks join, they have no number yet. The rank that was started last says which of the two it is, and how many
+    ranks there are: after a shrink nobody replaces the files of the higher ones.
+    """
+    own = [beat for beat in beats if beat.attempt == attempt]
+    if not own:
+        return []
+    newest = max(own, key=lambda beat: beat.begun)
+    return [beat for beat in own if beat.group in (newest.group, JOINING) and beat.rank < newest.world_size]
+
+
 def silent_rank(beats: list[Beat], stall_seconds: float, now: float) -> Beat | None:
     """The rank to blame when one has made no progress for longer than `stall_seconds`.
 
-    Among the ranks that stand still: one that does not even breathe, else the one furthest behind, else the longest silent.
+    Among the ranks that stand still: one that does not even breathe, else the one furthest behind, else the longest silent. A rank that
+    waits for the others stands still by right, unless all of them do.
     """
-    stalled = [beat for beat in beats if beat.phase != "done" and now - beat.time > stall_seconds]
+
+    def is_breathing(beat: Beat) -> bool:
+        return now - beat.alive <= stall_seconds / 2
+
+    present = [beat for beat in beats if beat.phase != "done"]
+    still = [beat for beat in present if now - beat.time > stall_seconds]
+    stalled = [beat for beat in still if not (beat.waits and is_breathing(beat))]
+    if not stalled and len(still) == len(present):
+        stalled = still
 
     def blame(beat: Beat) -> tuple[bool, int, int, float]:
-        is_breathing = now - beat.alive <= stall_seconds / 2
-        return is_breathing, beat.stage_index, beat.step, beat.time
+        return is_breathing(beat), beat.stage_index, beat.step, beat.time
 
     return min(stalled, key=blame) if stalled else None

@@ -27,25 +27,29 @@ class InlineLauncher:
                 action="use `--launcher local`, or set cluster.ranks_per_node to 1",
             )
         self._folder: RunFolder | None = None
+        self._has_asked = False
 
     def launch(self, specs: Sequence[StageSpec]) -> None:
         """Run every stage; a failure is raised as the launchers raise it."""
         from hsmn_dist.orchestration.stage_runner import run_stages
 
-        self._folder = specs[0].folder
-        clear_failures(self._folder)
-        message = "it ended"
+        self._folder, self._has_asked = specs[0].folder, False
+        clear_failures(self._folder, specs[0].attempt)
+        message, caught = "it ended", None
         try:
-            run_stages(specs)
+            run_stages(specs, has_driver=True)
         except Exception as error:
             # Written down by `run_stages`; what is raised below explains it in three parts.
-            message = repr(error)
+            message, caught = repr(error), error
         finally:
             folder, self._folder = self._folder, None
-        raise_for_records(specs, message)
-        folder.stop_request.unlink(missing_ok=True)
+            if self._has_asked:  # answered; a request of the driver's own stays for the driver
+                folder.stop_request.unlink(missing_ok=True)
+        raise_for_records(specs, message, caught)
 
     def stop(self) -> None:
-        """Ask for a checkpoint and an end."""
-        if self._folder is not None:
-            write_text(self._folder.stop_request, "stop\n")
+        """Ask for a checkpoint and an end. The rank is this very process: the driver's grace time ends it where it does not listen."""
+        folder = self._folder
+        if folder is not None and not folder.stop_request.exists():
+            self._has_asked = True
+            write_text(folder.stop_request, "stop\n")

@@ -68,8 +68,26 @@ def last_event(events: list[Event], *names: str) -> Event | None:
     return next((event for event in reversed(events) if event["event"] in names), None)
 
 
+BEGINNINGS = ("run_started", "run_resumed")
+ENDS = {"run_completed": "complete", "run_failed": "failed", "run_preempted": "preempted"}
+
+
+def decisive_event(events: list[Event]) -> Event | None:
+    """The event that says where the run stands: the end of its newest attempt, else that attempt's beginning.
+
+    What a driver that was replaced wrote of its own end says nothing about the attempt that goes on.
+    """
+    begun = last_event(events, *BEGINNINGS)
+    newest = (begun or {}).get("attempt")
+    for event in reversed(events):
+        if event is begun:
+            return begun
+        if event["event"] in ENDS and (newest is None or event.get("attempt", newest) == newest):
+            return event
+    return None
+
+
 def run_status(events: list[Event]) -> str:
     """One word: new, running, complete, failed or preempted. A run whose process died still says `running`."""
-    event = last_event(events, "run_started", "run_resumed", "run_completed", "run_failed", "run_preempted")
-    names = {"run_completed": "complete", "run_failed": "failed", "run_preempted": "preempted"}
-    return "new" if event is None else names.get(event["event"], "running")
+    event = decisive_event(events)
+    return "new" if event is None else ENDS.get(event["event"], "running")

@@ -21,12 +21,15 @@ from typing import Protocol
 from hsmn_dist.config.cluster import ClusterConfig
 from hsmn_dist.foundation.errors import ConfigError, HsmnError, Preempted, StageFailed
 from hsmn_dist.foundation.log import logger
-from hsmn_dist.orchestration.failures import POLICIES, FailureKind, FailureRecord, read_failures
-from hsmn_dist.orchestration.run_folder import RunFolder
+from hsmn_dist.orchestration.attempt import check_attempt
+from hsmn_dist.orchestration.failures import POLICIES, FailureKind, FailureRecord, classify, read_failures
+from hsmn_dist.orchestration.oom_kills import OomKills
+from hsmn_dist.orchestration.run_folder import RunFolder, resume_command
 from hsmn_dist.orchestration.stage import StageSpec
 
 log = logger(__name__)
 KILL_AFTER_SECONDS = 5.0
+DRIVEN = "HSMN_DIST_DRIVEN"
 
 
 class StageLauncher(Protocol):
@@ -47,40 +50,58 @@ class StageLauncher(Protocol):
         ...
 
 
-def clear_failures(folder: RunFolder) -> None:
-    """Forget the failure records and stop request of earlier attempts."""
+def clear_failures(folder: RunFolder, attempt: str) -> None:
+    """Forget the failure records and heartbeats of earlier launches.
+
+    Raises:
+        StageFailed: another attempt owns the run; they are those of its ranks.
+    """
+    check_attempt(folder, attempt)
     shutil.rmtree(folder.path / "failures", ignore_errors=True)
     shutil.rmtree(folder.path / "heartbeats", ignore_errors=True)
-    folder.stop_request.unlink(missing_ok=True)
 
 
-def raise_for_records(specs: Sequence[StageSpec], exit_message: str) -> None:
+def raise_for_records(specs: Sequence[StageSpec], exit_message: str, error: Exception | None = None) -> None:
     """Turn the ranks' failure records into the one error that explains the end of a launch.
 
-    Nothing is raised when every stage is complete. `exit_message` says what the launcher itself saw.
+    Nothing is raised when every stage is complete. `exit_message` says what the launcher itself saw, `error` is what it caught.
+    Ranks that were lost after the run was asked to leave were killed when the grace time was over: that is a preemption.
     """
     folder = specs[0].folder
     if all(folder.stage(spec.index, spec.name).is_complete for spec in specs):
         return
     records = read_failures(folder.path / "failures", specs[0].attempt)
-    if not records:
-        if folder.stop_request.exists():
-            raise preempted(folder)
-        advice = POLICIES[FailureKind.WORKER_LOST].advice
-        raise StageFailed(
-            f"a rank died without a word ({exit_message})",
-            action=f"{advice}; resume with `hsmn-dist run --resume {folder.run_id}`",
-            kind=FailureKind.WORKER_LOST.value,
-        )
-    raise _error_of(records[0], folder)
+    if records and records[0].kind is not FailureKind.WORKER_LOST:
+        raise _error_of(records[0], folder)
+    if folder.stop_request.exists():
+        raise preempted(folder)
+    kind = FailureKind.UNKNOWN if error is None else classify(error)
+    if kind in (FailureKind.UNKNOWN, FailureKind.WORKER_LOST):
+        if records:
+            raise _error_of(records[0], folder)
+        kind = FailureKind.WORKER_LOST
+    seen = exit_message if error is None or str(error) in exit_message else f"{exit_message}; {error}"
+    raise StageFailed(
+        f"a rank died without a word ({seen})",
+        action=f"{POLICIES[kind].advice}; resume with `{resume_command(folder)}`",
+        kind=kind.value,
+    )
 
 
 def preempted(folder: RunFolder) -> Preempted:
-    """The error of a run that left because it was asked to."""
+    """The error of a run that left because it was asked to; worded by what it goes on from."""
+    stages = sorted(path for path in (folder.path / "stages").glob("[0-9]*") if not (path / "COMPLETE").is_file())
+    saved = sorted(path.parent.name for path in stages[0].glob("checkpoints/step_*/manifest.json")) if stages else []
+    if saved:
+        goes_on = f"it goes on from the checkpoint of step {int(saved[-1][5:])} of stage {stages[0].name}"
+    elif stages:
+        goes_on = f"stage {stages[0].name} has no checkpoint yet and begins again"
+    else:
+        goes_on = "it goes on behind the stages that are complete"
     return Preempted(
-        "the run was asked to leave and wrote a checkpoint",
+        f"the run was asked to leave; {goes_on}",
         allowed="starting the same command again",
-        action=f"hsmn-dist run --resume {folder.run_id}",
+        action=resume_command(folder),
     )
 
 
@@ -93,7 +114,7 @@ def _error_of(record: FailureRecord, folder: RunFolder) -> HsmnError:
     return StageFailed(
         f"rank {record.rank} on {record.host}: {record.message}",
         action=f"{policy.advice} (failures/rank_{record.rank:05d}.json has the traceback); "
-        f"resume with `hsmn-dist run --resume {folder.run_id}`",
+        f"resume with `{resume_command(folder)}`",
         kind=record.kind.value,
         rank=record.rank,
     )
@@ -136,7 +157,8 @@ class LocalLauncher:
     def launch(self, specs: Sequence[StageSpec]) -> None:
         """Start torchrun for all stages and wait. Output of the ranks goes to `ranks.log` in the run folder."""
         folder = specs[0].folder
-        clear_failures(folder)
+        clear_failures(folder, specs[0].attempt)
+        kills = OomKills()
         with (folder.path / "ranks.log").open("ab") as output:
             self._process = subprocess.Popen(
                 self._command(specs),
@@ -148,14 +170,16 @@ class LocalLauncher:
             )
             status = self._process.wait()
         self._process = None
-        raise_for_records(specs, f"torchrun ended with status {status}; see {folder.path / 'ranks.log'}")
+        killed = kills.error_since_start()
+        raise_for_records(specs, f"torchrun ended with status {status}; see {folder.path / 'ranks.log'}", killed)
 
     def stop(self) -> None:
         """Send TERM to torchrun, which passes it to the ranks; what is left after a few seconds is killed."""
         process = self._process
         if process is None or process.poll() is not None:
             return
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it ended between the look and the signal
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(KILL_AFTER_SECONDS)
         except subprocess.TimeoutExpired:  # a rank that is stopped or stuck in the kernel does not hear TERM
@@ -180,7 +204,12 @@ def torchrun_environment(cluster: ClusterConfig) -> dict[str, str]:
     By default torchrun 2.13 keeps one store for all its rounds: the ranks of a second round read the addresses of the dead
     ones of the first, wait for minutes, and fail. Without sharing, each round has a store of its own.
     """
-    return {**rank_environment(cluster), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return {**rank_environment(cluster), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", DRIVEN: "1"}
+
+
+def was_started_by_driver() -> bool:
+    """Whether a driver started this rank: it clears stop requests, reads failure records and has the exit code."""
+    return DRIVEN in os.environ
 
 
 def rank_environment(cluster: ClusterConfig) -> dict[str, str]:

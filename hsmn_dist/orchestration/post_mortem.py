@@ -1,23 +1,25 @@
 """A run that stopped, in plain words: what failed, where, what was tried, what is safe, what to do, how to resume.
 
-Reads the journal, the failure records, the heartbeats and the names of checkpoints; loads nothing and changes nothing.
+Reads the journal, the failure records, the heartbeats and checkpoints; hashes the newest checkpoint, and changes nothing.
 """
 
 from __future__ import annotations
 
-import shlex
+import platform
 import time
-from pathlib import Path
 from typing import Any
 
+from hsmn_dist.foundation.errors import HsmnError
+from hsmn_dist.foundation.files import verify_manifest
 from hsmn_dist.foundation.units import format_seconds
 from hsmn_dist.orchestration.failures import POLICIES, FailureKind, FailureRecord, read_failures
-from hsmn_dist.orchestration.heartbeat import Beat, read_beats
-from hsmn_dist.orchestration.journal import Event, last_event, read_events, run_status
-from hsmn_dist.orchestration.run_folder import RunFolder
+from hsmn_dist.orchestration.heartbeat import Beat, is_process_gone, read_beats
+from hsmn_dist.orchestration.journal import BEGINNINGS, Event, decisive_event, last_event, read_events, run_status
+from hsmn_dist.orchestration.run_folder import RunFolder, resume_command
 
 SILENT_SECONDS = 60.0
-DEFAULT_ROOT = "runs"
+BREATHLESS_SECONDS = 5.0
+MANIFEST = "manifest.json"
 
 
 def explain(folder: RunFolder, now: float | None = None) -> list[str]:
@@ -29,6 +31,7 @@ def explain(folder: RunFolder, now: float | None = None) -> list[str]:
     now = time.time() if now is None else now
     beats = read_beats(folder.path / "heartbeats")
     lines: list[str] = []
+    gone = ""
     if status == "failed":
         lines += _why(folder, events, beats)
     elif status == "preempted":
@@ -36,23 +39,16 @@ def explain(folder: RunFolder, now: float | None = None) -> list[str]:
             f"what happened: {POLICIES[FailureKind.PREEMPTED].what} (SIGTERM or SIGUSR1), and it left with exit code 75"
         )
     elif status == "running":
-        lines += _is_it_alive(beats, now)
+        gone = _is_it_gone(events, beats, now)
+        lines.append(f"what happened: {gone}" if gone else "it is running")
     lines += [_last_seen(beat, now) for beat in beats]
     lines += _tried(events)
     lines.append(_safe(folder))
     if status == "failed":
         lines.append(f"what to do: {_advice(events)}")
-    elif status == "preempted":
+    elif status == "preempted" or gone:
         lines.append(f"what to do: {POLICIES[FailureKind.PREEMPTED].advice}")
     return [*lines, f"resume: {resume_command(folder)}"]
-
-
-def resume_command(folder: RunFolder) -> str:
-    """The exact command line that takes the run up again."""
-    words = ["hsmn-dist", "run", "--resume", folder.run_id]
-    if folder.root != Path(DEFAULT_ROOT).resolve():
-        words += ["--run-root", str(folder.root)]
-    return shlex.join(words)
 
 
 def _kind(failed: Event) -> FailureKind:
@@ -61,7 +57,7 @@ def _kind(failed: Event) -> FailureKind:
 
 
 def _why(folder: RunFolder, events: list[Event], beats: list[Beat]) -> list[str]:
-    failed = last_event(events, "run_failed")
+    failed = decisive_event(events)
     assert failed is not None
     kind = _kind(failed)
     records = read_failures(folder.path / "failures", str(failed.get("attempt", "")))
@@ -87,16 +83,22 @@ def _where(failed: Event, culprit: FailureRecord | None, beats: list[Beat]) -> s
     return f"rank {rank} on {host}{step}"
 
 
-def _is_it_alive(beats: list[Beat], now: float) -> list[str]:
+def _is_it_gone(events: list[Event], beats: list[Beat], now: float) -> str:
+    """Why a run without an end is thought dead; empty while it seems to run."""
     newest = max((max(beat.alive, beat.time) for beat in beats), default=0.0)
-    if now - newest <= SILENT_SECONDS:
-        return ["it is running"]
+    driver = last_event(events, *BEGINNINGS) or {}
+    host, pid = driver.get("host"), driver.get("pid")
+    # Ranks that breathe prove life; a process number proves death only on its own host.
+    if now - newest > BREATHLESS_SECONDS and isinstance(pid, int) and is_process_gone(str(host), pid):
+        return f"its driver, process {pid} on {host}, is gone without a word: it was killed, or the machine was started anew"
+    if now - newest <= SILENT_SECONDS or (not newest and host == platform.node()):
+        return ""
     since = (
         f"no rank gave a sign of life for {format_seconds(now - newest)}"
         if newest
         else "no rank has given a sign of life"
     )
-    return [f"what happened: {since}: its process was killed, its machine is down, or it has only just begun"]
+    return f"{since}: its process was killed, its machine is down, or it has only just begun"
 
 
 def _last_seen(beat: Beat, now: float) -> str:
@@ -126,17 +128,26 @@ def _tried(events: list[Event]) -> list[str]:
 
 
 def _safe(folder: RunFolder) -> str:
-    """The newest complete checkpoint of the stage that is not finished."""
+    """The newest checkpoint of the stage that is not finished whose every file has its hash."""
     stages = sorted(path for path in (folder.path / "stages").glob("[0-9]*") if not (path / "COMPLETE").is_file())
     for stage in stages[:1]:
-        found = sorted(path for path in stage.glob("checkpoints/step_*") if (path / "manifest.json").is_file())
-        if found:
-            return f"safe: the checkpoint of step {int(found[-1].name[5:])} of stage {stage.name} ({found[-1]})"
-        return f"safe: every stage before {stage.name}, which has no checkpoint yet"
+        damaged = []
+        for path in sorted(stage.glob("checkpoints/step_*"), reverse=True):
+            if not (path / MANIFEST).is_file():
+                continue
+            try:
+                verify_manifest(path, MANIFEST)
+            except (OSError, HsmnError):
+                damaged.append(path.name)
+                continue
+            passed_over = f"; damaged and passed over: {', '.join(damaged)}" if damaged else ""
+            return f"safe: the checkpoint of step {int(path.name[5:])} of stage {stage.name} ({path}){passed_over}"
+        what = f"no sound checkpoint (damaged: {', '.join(damaged)})" if damaged else "no checkpoint yet"
+        return f"safe: every stage before {stage.name}, which has {what}"
     return "safe: every stage that has its COMPLETE manifest"
 
 
 def _advice(events: list[Event]) -> str:
-    failed: dict[str, Any] = last_event(events, "run_failed") or {}
+    failed: dict[str, Any] = decisive_event(events) or {}
     advice, action = POLICIES[_kind(failed)].advice, str(failed.get("action", ""))
     return action if advice in action or not advice else f"{advice}; {action}" if action else advice

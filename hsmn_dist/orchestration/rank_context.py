@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsmn_dist.config.run import RunConfig
-from hsmn_dist.distributed.collectives import broadcast_object
+from hsmn_dist.distributed.collectives import any_rank, broadcast_object
 from hsmn_dist.distributed.world import World
-from hsmn_dist.foundation.errors import StageFailed
+from hsmn_dist.foundation.errors import Preempted, StageFailed
 from hsmn_dist.orchestration.attempt import Fence
 from hsmn_dist.orchestration.heartbeat import Heart
 from hsmn_dist.orchestration.journal import append_event
@@ -30,6 +30,20 @@ class RankContext:
         """True when this rank sees that the run was asked to checkpoint and leave."""
         return self.folder.stop_request.exists()
 
+    def leave_if_asked(self) -> None:
+        """Leave outside the training loop, where there is nothing to save: the stage's last checkpoint is whole.
+
+        Raises:
+            Preempted: this rank sees that the run was asked to leave.
+        """
+        if self.wants_to_stop():
+            raise _asked()
+
+    def leave_together(self) -> None:
+        """`leave_if_asked` where the ranks work in step: all of them leave at the same place. Collective."""
+        if any_rank(self.wants_to_stop()):
+            raise _asked()
+
     def check_together(self) -> None:
         """Raise on every rank when this group may no longer commit. Collective."""
         problem: StageFailed | None = None
@@ -47,3 +61,11 @@ class RankContext:
         if self.world.is_first:
             self.fence.check()
             append_event(self.folder.journal, event, attempt=self.fence.attempt, group=self.fence.group, **fields)
+
+
+def _asked() -> Preempted:
+    return Preempted(
+        "asked to leave; this part of the stage is done again from its last checkpoint",
+        allowed="starting the same command again",
+        action="resume the run",
+    )

@@ -26,12 +26,20 @@ from hsmn_dist.foundation.errors import ConfigError
 from hsmn_dist.foundation.log import logger
 from hsmn_dist.foundation.redact import redact
 from hsmn_dist.orchestration.launcher import clear_failures, raise_for_records, rank_environment
+from hsmn_dist.orchestration.oom_kills import OomKills
 from hsmn_dist.orchestration.private_ray import PrivateRay
 from hsmn_dist.orchestration.stage import StageSpec
 
 log = logger(__name__)
 
 QUIET = {"RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+class _Trainer(TorchTrainer):
+    """Ctrl-C is the driver's business: Ray's own handler aborts without a checkpoint, ends with code 0, and stays behind."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        return
 
 
 class RayLauncher:
@@ -45,10 +53,10 @@ class RayLauncher:
     def launch(self, specs: Sequence[StageSpec]) -> None:
         """Start the worker group for all stages and wait."""
         folder = specs[0].folder
-        clear_failures(folder)
+        clear_failures(folder, specs[0].attempt)
         self._connect()
         self._check_resources()
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             _run_on_worker,
             train_loop_config={"specs": [spec.to_json() for spec in specs]},
             torch_config=TorchConfig(backend="nccl" if self._cluster.device == "gpu" else "gloo"),
@@ -59,13 +67,14 @@ class RayLauncher:
                 failure_config=ray.train.FailureConfig(max_failures=self._cluster.max_failures),
             ),
         )
-        message = "the worker group ended"
+        message, caught, kills = "the worker group ended", None, OomKills()
         try:
             trainer.fit()
-        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-            # RayError: the cluster itself died under us, as it does when a machine is told to leave.
-            message = f"Ray Train gave up: {error}"
-        raise_for_records(specs, message)
+        except Exception as error:
+            # TrainingFailedError: the restarts are used up. RayError: the cluster itself died under us, as it does when a machine is
+            # told to leave. Anything else is an error of this process (a full disk); the ranks' records still explain more.
+            message, caught = f"Ray Train gave up: {error or repr(error)}", error
+        raise_for_records(specs, message, kills.error_since_start() or caught)
 
     def stop(self) -> None:
         """Leave the cluster; a local one ends."""
@@ -145,7 +154,7 @@ def _keeping_signal_handlers() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield
     finally:
@@ -158,7 +167,7 @@ def _run_on_worker(config: dict[str, Any]) -> None:
     from hsmn_dist.orchestration.stage_runner import run_stages
 
     try:
-        run_stages([StageSpec.from_json(text) for text in config["specs"]])
+        run_stages([StageSpec.from_json(text) for text in config["specs"]], has_driver=True)
     except Exception as error:
         # Ray copies the error into its logs and to the driver; the failure record has the kind and the traceback.
         text = "".join(traceback.format_exception(error))

@@ -21,14 +21,15 @@ from hsmn_dist.evaluation.task_result import TaskResult
 from hsmn_dist.foundation.errors import CheckpointError, DataError
 from hsmn_dist.foundation.files import read_json
 from hsmn_dist.foundation.log import logger
+from hsmn_dist.orchestration.attempt import check_attempt, present_attempt
 from hsmn_dist.orchestration.curriculum import load_stored_config
-from hsmn_dist.orchestration.run_folder import RunFolder
+from hsmn_dist.orchestration.run_folder import RunFolder, resume_command
 from hsmn_dist.orchestration.served_model import log_final_model
 from hsmn_dist.orchestration.stage import training_stages
 from hsmn_dist.tracking import metric_names
 from hsmn_dist.tracking.build import TrackedRun, build_tracker
 from hsmn_dist.tracking.jsonl_tracker import read_series
-from hsmn_dist.tracking.tracker import Tracker
+from hsmn_dist.tracking.tracker import FencedTracker, Tracker
 
 log = logger(__name__)
 
@@ -53,9 +54,10 @@ def run_tags(config: RunConfig, folder: RunFolder) -> dict[str, str]:
 
 
 def open_parent_tracker(config: RunConfig, folder: RunFolder) -> Tracker:
-    """The tracker of the curriculum as a whole, with the run's settings logged."""
+    """The tracker of the curriculum as a whole, with the run's settings logged. It is written while its attempt owns the run."""
     tracked = TrackedRun(folder.root, folder.path, folder.run_id, tags=run_tags(config, folder))
-    tracker = build_tracker(config.tracking, tracked)
+    attempt = present_attempt(folder)
+    tracker = FencedTracker(build_tracker(config.tracking, tracked), lambda: check_attempt(folder, attempt))
     tracker.log_params(config.model_dump(mode="json", exclude={"curriculum", "tracking"}))
     tracker.log_artifact(folder.config)
     return tracker
@@ -84,7 +86,7 @@ def scorecard_of(folder: RunFolder) -> Scorecard:
         raise CheckpointError(
             f"run {folder.run_id} has no complete stage",
             allowed="a run with at least one stage that has its COMPLETE manifest",
-            action=f"hsmn-dist run --resume {folder.run_id}",
+            action=resume_command(folder),
         )
     baseline = read_json(folder.baseline)["tasks"] if folder.baseline.is_file() else None
     facts = _run_facts(config, folder, results)

@@ -9,12 +9,15 @@ runs/mlflow.db            the default tracker
 from __future__ import annotations
 
 import secrets
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from hsmn_dist.foundation.errors import ConfigError
 from hsmn_dist.foundation.registry import near_name
+
+FISHER_UNFINISHED = "fisher_unfinished"
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class StageFolder:
     def ewc(self) -> Path:
         """Merged Fisher and anchor after this stage."""
         return self.path / "ewc"
+
+    @property
+    def fisher_unfinished(self) -> Path:
+        """The Fisher pass on its way, resumable."""
+        return self.path / FISHER_UNFINISHED
 
     @property
     def weights(self) -> Path:
@@ -106,6 +114,11 @@ class RunFolder:
         return self.path / "attempt.json"
 
     @property
+    def attempt_lock(self) -> Path:
+        """Locked while `attempt.json` is changed."""
+        return self.path / "attempt.lock"
+
+    @property
     def adjustments(self) -> Path:
         """What retries changed of the configuration (smaller micro-batches); absent as long as nothing was."""
         return self.path / "adjustments.json"
@@ -137,6 +150,17 @@ class RunFolder:
     def stage(self, index: int, name: str) -> StageFolder:
         """Folder of stage `index` (from 0)."""
         return StageFolder(self.path / "stages" / f"{index:02d}_{name}")
+
+
+DEFAULT_ROOT = "runs"
+
+
+def resume_command(folder: RunFolder) -> str:
+    """The exact command line that takes a run up again."""
+    words = ["hsmn-dist", "run", "--resume", folder.run_id]
+    if folder.root != Path(DEFAULT_ROOT).resolve():
+        words += ["--run-root", str(folder.root)]
+    return shlex.join(words)
 
 
 def new_run_folder(run_root: Path, name: str) -> RunFolder:

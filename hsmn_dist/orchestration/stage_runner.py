@@ -37,23 +37,30 @@ from hsmn_dist.orchestration.failures import (
     write_failure,
 )
 from hsmn_dist.orchestration.heartbeat import Heart
+from hsmn_dist.orchestration.launcher import was_started_by_driver
 from hsmn_dist.orchestration.rank_context import RankContext
 from hsmn_dist.orchestration.run_folder import RunFolder
 from hsmn_dist.orchestration.stage import StageSpec
-from hsmn_dist.orchestration.stage_evaluation import evaluate_tasks
+from hsmn_dist.orchestration.stage_evaluation import Watchers, evaluate_tasks
 from hsmn_dist.orchestration.stage_training import StageTraining
 from hsmn_dist.training.export import load_exported
 
 log = logger(__name__)
 
 
-def run_stages(specs: Sequence[StageSpec]) -> None:
+def run_stages(specs: Sequence[StageSpec], has_driver: bool | None = None) -> None:
     """Run stages in order on this rank. Collective over the ranks that the environment describes.
 
-    A rank that meets an error records it and raises; a rank asked to leave records that and returns.
+    A rank that meets an error records it and raises; a rank asked to leave records that and returns. One that a bare shell started
+    (`has_driver` False; None asks the environment) has nobody who clears what an earlier try left, or who reads why it left: it does
+    the one and raises the other.
+
+    Raises:
+        Preempted: asked to leave, and there is no driver.
     """
     folder, attempt = specs[0].folder, specs[0].attempt
-    if must_stop(read_failures(folder.path / "failures", attempt)):
+    has_driver = was_started_by_driver() if has_driver is None else has_driver
+    if has_driver and must_stop(read_failures(folder.path / "failures", attempt)):
         return  # the group was started again after an error that will not go away
     config = adjusted(load_stored_config(folder), folder)
     torch.set_num_threads(config.cluster.threads_per_rank)
@@ -62,28 +69,39 @@ def run_stages(specs: Sequence[StageSpec]) -> None:
     world = World.place(config.cluster.device)
     configure_logging(world.rank)
     # The first beat comes before the ranks meet: one that waits there for a rank that never comes is found like any other.
-    heart = Heart(folder.path / "heartbeats", world.rank).start()
+    heart = Heart(folder.path / "heartbeats", world.rank, world.world_size, attempt).start()
     heart.beat(stage=specs[0].name, stage_index=specs[0].index, phase="join")
     try:
+        if not has_driver:
+            _forget_earlier_try(folder, world)
         reserve_failure(folder.failure(world.rank))
         if world.world_size > 1:
             world.join(timeout_seconds=max(60.0, config.cluster.stall_seconds))
         fence = broadcast_object(claim(folder, attempt) if world.is_first else None)
         assert fence is not None
+        heart.meet(fence.group)
         context = RankContext(config, folder, world, fence, heart, read_json(folder.prepared))
         for spec in specs:
             if not folder.stage(spec.index, spec.name).is_complete:
                 _run_stage(context, spec)
+            heart.wait()
             barrier()
         heart.beat(phase="done")
     except Exception as error:
         # The process boundary: whatever went wrong is written down with its rank before the launcher hears of it.
         kind = _record(error, folder, world.rank, attempt)
-        if kind is not FailureKind.PREEMPTED:
+        if kind is not FailureKind.PREEMPTED or not has_driver:
             raise
         heart.beat(phase="done")
     finally:
         heart.stop()
+
+
+def _forget_earlier_try(folder: RunFolder, world: World) -> None:
+    """What made the try before leave would make this one leave at once. Before the ranks meet, so that all see it gone."""
+    folder.failure(world.rank).unlink(missing_ok=True)
+    if world.is_first:
+        folder.stop_request.unlink(missing_ok=True)
 
 
 def _record(error: Exception, folder: RunFolder, rank: int, attempt: str) -> FailureKind:
@@ -123,6 +141,7 @@ def _run_stage(context: RankContext, spec: StageSpec) -> None:
         write_json(stage_folder.results, results)
         write_manifest(stage_folder.path, "COMPLETE", ["results.json"], {"attempt": spec.attempt, "stage": spec.name})
         context.note("stage_completed", stage=spec.index, name=spec.name)
+    context.heart.wait()
     barrier()
 
 
@@ -142,4 +161,10 @@ def _score(context: RankContext, model: LanguageModel) -> dict[str, Any]:
     def progress(done: int, total: int) -> None:
         context.heart.beat(force=True, step=done, num_steps=total)
 
-    return evaluate_tasks(model, context.config, context.prepared, context.world, progress)
+    def alive() -> None:
+        context.heart.beat()
+        context.leave_if_asked()
+
+    return evaluate_tasks(
+        model, context.config, context.prepared, context.world, Watchers(progress, alive, context.heart.wait)
+    )

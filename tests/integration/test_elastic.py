@@ -64,7 +64,7 @@ def walk(world: World, folder: str, attempt: str, stop_at: int) -> None:
         return len(steps) >= stop_at
 
     rank_context.RankContext.wants_to_stop = wants_to_stop  # type: ignore[assignment, method-assign]
-    stage_runner.run_stages(stage_specs(load_stored_config(run), run, attempt)[:1])
+    stage_runner.run_stages(stage_specs(load_stored_config(run), run, attempt)[:1], has_driver=True)
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_two_one_four_and_two_ranks_see_the_same_batches_and_losses(tmp_path: Pa
     run_distributed(walk, 2, str(undisturbed.path), token(undisturbed), 10**6, timeout=300)
     run = new_run(tmp_path / "b", zero_stage)
     for leg, world_size in enumerate(ROUTE, 1):
-        clear_failures(run)
+        clear_failures(run, token(run))
         stop_at = leg * LEG_STEPS if leg < len(ROUTE) else 10**6
         run_distributed(walk, world_size, str(run.path), token(run), stop_at, timeout=300)
     sizes = [len(event["examples"]) for event in read_events(run.stage(0, "word_problems").examples)]

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from hsmn_dist.config.load import load_run_config
+from hsmn_dist.foundation.files import write_manifest
 from hsmn_dist.orchestration.curriculum import Run, create_run
 from hsmn_dist.orchestration.failures import POLICIES, FailureKind, FailureRecord, write_failure
 from hsmn_dist.orchestration.heartbeat import Heart
 from hsmn_dist.orchestration.journal import append_event
-from hsmn_dist.orchestration.post_mortem import explain, resume_command
+from hsmn_dist.orchestration.post_mortem import explain
+from hsmn_dist.orchestration.run_folder import resume_command
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "runs" / "hsmn_debug_demo_cpu.yaml"
 
@@ -28,7 +30,8 @@ def run(tmp_path: Path) -> Run:
     made.folder.stage(0, "word_problems").complete.touch()
     kept = made.folder.stage(1, "stdlib_code").checkpoints / "step_00000025"
     kept.mkdir(parents=True)
-    (kept / "manifest.json").write_text("{}")
+    (kept / "state.json").write_text("{}")
+    write_manifest(kept, "manifest.json", ["state.json"], {})
     (made.folder.stage(1, "stdlib_code").checkpoints / "step_00000030").mkdir()
     return made
 
@@ -103,5 +106,5 @@ def test_the_resume_command_names_the_root_only_where_it_must(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert resume_command(run.folder).endswith(f"--run-root {tmp_path}")
-    monkeypatch.setattr("hsmn_dist.orchestration.post_mortem.DEFAULT_ROOT", str(tmp_path))
+    monkeypatch.setattr("hsmn_dist.orchestration.run_folder.DEFAULT_ROOT", str(tmp_path))
     assert resume_command(run.folder) == f"hsmn-dist run --resume {run.folder.run_id}"

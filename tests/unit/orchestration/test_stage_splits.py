@@ -15,6 +15,7 @@ import torch
 from hsmn_dist.config.run import RunConfig
 from hsmn_dist.distributed.world import World
 from hsmn_dist.orchestration import stage_training
+from hsmn_dist.orchestration.run_folder import StageFolder
 from hsmn_dist.orchestration.stage_training import StageTraining
 
 CONFIG = RunConfig.model_validate(
@@ -44,9 +45,9 @@ def stage() -> Any:
     made = StageTraining.__new__(StageTraining)
     made._config, made._stages, made._stage = CONFIG, CONFIG.curriculum.stages, CONFIG.curriculum.stages[0]
     made._spec = SimpleNamespace(index=0, name="one")
-    heart = SimpleNamespace(beat=lambda **changes: None)
+    heart = SimpleNamespace(beat=lambda **changes: None, wait=lambda: None)
     made._context = SimpleNamespace(world=World(), prepared={"folders": {"short": "/data/short"}}, heart=heart)
-    made._folder, made._num_steps = SimpleNamespace(path=Path("stage")), 1
+    made._folder, made._num_steps = StageFolder(Path("stage")), 1
     return made
 
 
@@ -56,7 +57,7 @@ def test_learning_and_the_fisher_read_training_rows_and_early_stopping_reads_val
     training = stage()
     training._open_stream(None)
     list(training._validation_batches())
-    monkeypatch.setattr(training, "_counts", lambda batches: iter([4]))
+    monkeypatch.setattr(training, "_counts", lambda *_: iter([4]))
     monkeypatch.setattr(stage_training, "run_fisher", lambda engine, batches, *rest: list(batches))
     tracker = SimpleNamespace(log_metrics=lambda values, step: None)
     training._fisher(SimpleNamespace(module=torch.nn.Linear(1, 1)), tracker)
