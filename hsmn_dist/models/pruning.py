@@ -7,6 +7,7 @@ Source: Zhu and Gupta 2017, arXiv 1710.01878, equation 1; 2:4: Mishra et al. 202
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -90,6 +91,15 @@ def _two_four_mask(weight: Tensor, sparsity: float) -> Tensor:
     group_mask = torch.ones_like(size, dtype=torch.bool).scatter(1, dropped, ~is_pruned[:, None].expand_as(dropped))
     mask[:, : groups_per_row * GROUP] = group_mask.view(num_rows, groups_per_row * GROUP)
     return mask
+
+
+def expected_zeros(shape: tuple[int, ...], sparsity: float, structure: Structure = "unstructured") -> int:
+    """Zeros that `compute_mask` makes in a weight of this shape."""
+    if structure == "unstructured":
+        return round(sparsity * math.prod(shape))
+    num_groups = shape[0] * (shape[1] // GROUP)
+    dropped = GROUP - KEPT_OF_GROUP
+    return dropped * round(min(sparsity, 0.5) * GROUP / dropped * num_groups)
 
 
 def compute_masks(
