@@ -58,6 +58,17 @@ def test_status_follows_the_last_decisive_event(events: list[str], status: str) 
     assert run_status([{"event": name} for name in events]) == status
 
 
+def test_the_end_of_an_attempt_that_was_replaced_does_not_count() -> None:
+    events = [
+        {"event": "run_started", "attempt": "a"},
+        {"event": "run_resumed", "attempt": "b"},
+        {"event": "run_failed", "attempt": "a"},
+    ]
+    assert run_status(events) == "running"
+    assert run_status([*events, {"event": "run_completed", "attempt": "b"}]) == "complete"
+    assert run_status([*events, {"event": "run_preempted", "attempt": "b"}, events[-1]]) == "preempted"
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused_with_a_message(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.mktemp("journal") / "journal.jsonl"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pytest
 
 from hsmn_dist.config.load import load_run_config
 from hsmn_dist.foundation.files import write_manifest
-from hsmn_dist.orchestration.curriculum import Run, create_run
+from hsmn_dist.orchestration.curriculum import Run, create_run, reopen_run
 from hsmn_dist.orchestration.failures import POLICIES, FailureKind, FailureRecord, write_failure
 from hsmn_dist.orchestration.heartbeat import Heart
 from hsmn_dist.orchestration.journal import append_event
@@ -108,3 +111,39 @@ def test_the_resume_command_names_the_root_only_where_it_must(
     assert resume_command(run.folder).endswith(f"--run-root {tmp_path}")
     monkeypatch.setattr("hsmn_dist.orchestration.run_folder.DEFAULT_ROOT", str(tmp_path))
     assert resume_command(run.folder) == f"hsmn-dist run --resume {run.folder.run_id}"
+
+
+def test_a_driver_that_is_gone_is_known_at_once_on_its_own_host(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    made = create_run(load_run_config(DEMO, [f"run_root={tmp_path}"]))
+    append_event(made.folder.journal, "run_resumed", attempt=made.attempt, host=platform.node(), pid=child.pid)
+    lines = explain(made.folder)
+    assert f"its driver, process {child.pid} on {platform.node()}, is gone" in lines[0]
+    assert "what to do: start the same command again; it resumes" in lines
+    Heart(made.folder.path / "heartbeats", 0).beat(phase="train")
+    assert explain(made.folder)[0] == "it is running", "a rank breathes: the number is of another container"
+
+
+def test_a_run_that_has_just_begun_is_running(tmp_path: Path) -> None:
+    made = create_run(load_run_config(DEMO, [f"run_root={tmp_path}"]))
+    assert explain(made.folder)[0] == "it is running"
+
+
+def test_a_damaged_checkpoint_is_not_called_safe(run: Run) -> None:
+    newer = run.folder.stage(1, "stdlib_code").checkpoints / "step_00000030"
+    (newer / "state.json").write_text("{}")
+    write_manifest(newer, "manifest.json", ["state.json"], {})
+    assert any("safe: the checkpoint of step 30" in line for line in explain(run.folder))
+    (newer / "state.json").write_text("[]")
+    (safe,) = [line for line in explain(run.folder) if line.startswith("safe:")]
+    assert "the checkpoint of step 25" in safe and "damaged and passed over: step_00000030" in safe
+
+
+def test_a_replaced_driver_s_end_is_not_the_runs(run: Run) -> None:
+    newer = reopen_run(run.folder)
+    fail(run, FailureKind.UNKNOWN)  # the old attempt's last line
+    assert explain(run.folder)[0] == "it is running"
+    append_event(run.folder.journal, "run_failed", attempt=newer.attempt, kind="hung", found="the new one", action="x")
+    fail(run, FailureKind.UNKNOWN)
+    assert "the new one" in explain(run.folder)[0]
