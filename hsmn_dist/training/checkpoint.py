@@ -2,7 +2,8 @@
 
 Every rank writes into a folder aside, flushes and hashes its files; rank 0 writes the manifest last and renames the folder. What a
 crash leaves behind has another name and is removed by the next save. Unusual: there is no `latest` pointer to go stale, a damaged
-checkpoint is passed over for an older one (said loudly), and a rank that fails to write tells the others, so nobody waits for it.
+checkpoint is passed over for an older one (said loudly) and set aside, so that it never counts among the last ones that stay, and a
+rank that fails to write tells the others, so nobody waits for it.
 Nothing is read before its hash was checked, and nothing is pickled. A save in the background copies the state and leaves the writing
 to a thread with a process group of its own; the next save waits for it, so at most one copy is held.
 """
@@ -10,39 +11,39 @@ to a thread with a process group of its own; the next save waits for it, so at m
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from hsmn_dist.distributed.collectives import Group, all_gather_objects, any_rank, background_group, broadcast_object
-from hsmn_dist.distributed.determinism import capture_rng, restore_rng
+from hsmn_dist.distributed.determinism import capture_rng
 from hsmn_dist.distributed.world import World
-from hsmn_dist.foundation.errors import CheckpointError, HsmnError
-from hsmn_dist.foundation.files import (
-    fsync_folder,
-    read_json,
-    remove_leftovers,
-    sha256_of_file,
-    write_json,
-)
+from hsmn_dist.foundation.errors import CheckpointError, HsmnError, StageFailed
+from hsmn_dist.foundation.files import fsync_folder, sha256_of_file, write_json
 from hsmn_dist.foundation.log import logger
+from hsmn_dist.training.checkpoint_folder import BEST_PREFIX, STEP_PREFIX, CheckpointFolder
+from hsmn_dist.training.checkpoint_state import (
+    MANIFEST,
+    STATE,
+    TrainState,
+    read_listing,
+    read_state,
+    restore_generators,
+    rng_name,
+)
 from hsmn_dist.training.engine import Engine
 from hsmn_dist.training.remote_checkpoints import RemoteCheckpoints, UploadReport
 from hsmn_dist.training.shard_files import shard_file, weights_alone, write_snapshot
 
 log = logger(__name__)
 
-MANIFEST = "manifest.json"
-STATE = "state.json"
-STEP_PREFIX = "step_"
-BEST_PREFIX = "best_"
-REPLACED = ".tmp-old"
+__all__ = ["MANIFEST", "SAVE_POINTS", "Checkpointer", "TrainState"]
+
 ABANDON_SECONDS = 60.0
 
 SAVE_POINTS = (
@@ -56,51 +57,6 @@ SAVE_POINTS = (
     "pruned",
 )
 """Every distinct point of a save, in order; tests kill the process at each."""
-
-
-@dataclass
-class TrainState:
-    """Where a stage stands, but for weights, moments and random states. JSON.
-
-    Attributes:
-        step: optimizer steps done.
-        cursor: the stream's position (`Cursor.to_json`), None before the first batch.
-        best_loss: lowest validation loss so far, None before the first validation.
-        best_step: the step it was measured at; its weights are in `best_NNNNNNNN`.
-        num_bad_validations: validations since then.
-        validations: (step, loss) of each validation.
-        num_tokens: target tokens trained on.
-        num_examples: examples trained on.
-        num_skipped_steps: steps whose gradient was not applied.
-        num_rollbacks: times that training went back to a checkpoint.
-        recent_losses: the losses that the spike detector looks at.
-    """
-
-    step: int = 0
-    cursor: dict[str, Any] | None = None
-    best_loss: float | None = None
-    best_step: int = 0
-    num_bad_validations: int = 0
-    validations: list[tuple[int, float]] = field(default_factory=list)
-    num_tokens: int = 0
-    num_examples: int = 0
-    num_skipped_steps: int = 0
-    num_rollbacks: int = 0
-    recent_losses: list[float] = field(default_factory=list)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> TrainState:
-        """Inverse of `dataclasses.asdict`; unknown keys are an error, missing ones keep their default."""
-        names = {entry.name for entry in fields(cls)}
-        if unknown := sorted(set(value) - names):
-            raise CheckpointError(
-                f"a training state with the keys {unknown}",
-                allowed=", ".join(sorted(names)),
-                action="resume with the program version that wrote the checkpoint",
-            )
-        state = cls(**value)
-        state.validations = [(int(step), float(loss)) for step, loss in state.validations]
-        return state
 
 
 def _nothing(_: str = "") -> None:
@@ -118,6 +74,7 @@ class Checkpointer:
         may_commit: Callable[[], None] = _nothing,
         at_point: Callable[[str], None] = _nothing,
         remote: RemoteCheckpoints | None = None,
+        owner: str = "",
     ) -> None:
         """Prepare; nothing is written.
 
@@ -125,14 +82,15 @@ class Checkpointer:
             folder: the stage's checkpoint folder, seen by all ranks.
             world: this rank.
             keep_last: complete checkpoints that stay.
-            may_commit: called by rank 0 before a rename; raises when another attempt owns the run.
+            may_commit: called by rank 0 before it changes what is in the folder; raises when another attempt owns the run.
             at_point: called on every rank at each of `SAVE_POINTS`.
             remote: where complete checkpoints are sent behind the training, and fetched from when `folder` has none;
                 given on every rank, used by rank 0.
+            owner: who writes: the attempt and its group, the same on every rank.
         """
         self.folder = folder
         self._world = world
-        self._keep_last = keep_last
+        self._names = CheckpointFolder(folder, keep_last, owner, may_commit)
         self._may_commit = may_commit
         self._at_point = at_point
         self._remote = remote
@@ -157,7 +115,9 @@ class Checkpointer:
         def work() -> None:
             self._write(name, tensors, header, facts, rng)
             self._send(name)
-            self._prune(best_step)
+            if self._world.is_first:
+                self._names.prune(name, self._was_found_sound, best_step)
+            self._at_point("pruned")
 
         self._do(work, in_background)
         return self.folder / name
@@ -211,16 +171,20 @@ class Checkpointer:
         """Load the newest sound checkpoint into the engine and the random generators; None when there is none.
 
         At another world size than the one that saved, random states are left as they are.
+
+        Raises:
+            CheckpointError: its hashes agree, and yet it holds what this program does not write or what the engine cannot take.
         """
         self.wait()
         path = self.newest()
         if path is None:
             return None
+        state, listing = read_state(path), read_listing(path)
         engine.load(path)
-        own = path / _rng_name(self._world.rank)
-        if len(list(path.glob("rng_*.json"))) == self._world.world_size:
-            restore_rng(read_json(own))
-        return TrainState.from_json(read_json(path / STATE))
+        states = [rng_name(rank) for rank in range(listing.world_size)]
+        if listing.world_size == self._world.world_size and listing.files.keys() >= set(states):
+            restore_generators(path / states[self._world.rank])
+        return state
 
     def restore_best(self, engine: Engine, state: TrainState) -> bool:
         """Load the best weights (the optimizer's moments are dropped); False when they are not there."""
@@ -234,20 +198,27 @@ class Checkpointer:
         return True
 
     def newest(self) -> Path | None:
-        """The newest checkpoint whose every file has its hash; damaged ones are named in the log.
+        """The newest checkpoint whose every file has its hash; newer ones that are damaged are named in the log and set aside.
 
         Where the folder has none, the store is asked, once.
 
         Raises:
             CheckpointError: there is no local checkpoint and the store cannot be read.
+            StageFailed: another attempt owns the run.
         """
         self.wait()
-        if self._world.is_first:
-            self._put_back()
-        for path in broadcast_object(self._complete(STEP_PREFIX)):
+        self._together(self._names.put_back, first_rank_alone=True)
+        found, damaged = None, []
+        for path in broadcast_object(self._names.complete(STEP_PREFIX)):
             if self._is_sound(path):
-                return path
+                found = path
+                break
             log.warning("%s is damaged and passed over for an older checkpoint", path)
+            damaged.append(path)
+        if damaged:
+            self._together(lambda: self._names.set_damaged_aside(damaged), first_rank_alone=True)
+        if found is not None:
+            return found
         if self._has_asked_remote:
             return None
         self._has_asked_remote = True
@@ -283,10 +254,6 @@ class Checkpointer:
             self._was_found_sound.add(path.name)
         return path
 
-    def _complete(self, prefix: str) -> list[Path]:
-        found = [path for path in self.folder.glob(f"{prefix}*") if (path / MANIFEST).is_file()]
-        return sorted(found, key=_step_of, reverse=True)
-
     def _is_sound(self, path: Path) -> bool:
         """Each rank hashes its share of the files. What this process wrote or checked before is not hashed again."""
         if not broadcast_object((path / MANIFEST).is_file()):
@@ -294,10 +261,10 @@ class Checkpointer:
         if not any_rank(path.name not in self._was_found_sound):
             return True
         try:
-            entries: dict[str, Any] = read_json(path / MANIFEST)["files"]
-            names = sorted(entries)[self._world.rank :: self._world.world_size]
-            is_damaged = any(sha256_of_file(path / name) != entries[name]["sha256"] for name in names)
-        except (OSError, CheckpointError, KeyError, TypeError):
+            listing = read_listing(path)
+            names = sorted(listing.files)[self._world.rank :: self._world.world_size]
+            is_damaged = not all(listing.is_as_listed(path, name) for name in names) or STATE not in listing.files
+        except (OSError, CheckpointError):
             is_damaged = True
         is_damaged = any_rank(is_damaged)
         if not is_damaged:
@@ -307,8 +274,8 @@ class Checkpointer:
     def _write(
         self, name: str, tensors: dict[str, Tensor], header: str, state: dict[str, Any], rng: dict[str, Any] | None
     ) -> None:
-        rank, aside = self._world.rank, self.folder / f".{name}.tmp-save"
-        self._together(lambda: self._make_folder(aside), first_rank_alone=True)
+        rank, aside = self._world.rank, self._names.aside(name)
+        self._together(lambda: self._names.begin(name), first_rank_alone=True)
         self._at_point("folder_made")
         own: dict[str, dict[str, Any]] = {}
 
@@ -318,8 +285,8 @@ class Checkpointer:
                 write_snapshot(aside, rank, tensors, header)
                 files.append(shard_file(aside, rank))
             if rng is not None:
-                write_json(aside / _rng_name(rank), rng)
-                files.append(aside / _rng_name(rank))
+                write_json(aside / rng_name(rank), rng)
+                files.append(aside / rng_name(rank))
             for file in files:
                 own[file.name] = _flushed_entry(file)
 
@@ -329,23 +296,11 @@ class Checkpointer:
         for part in all_gather_objects(own, self._group):
             entries.update(part)
         self._at_point("hashes_exchanged")
-        self._together(lambda: self._commit(aside, self.folder / name, entries, state), first_rank_alone=True)
+        self._together(lambda: self._commit(name, entries, state), first_rank_alone=True)
         self._was_found_sound.add(name)
 
-    def _put_back(self) -> None:
-        """A writer that died between putting a checkpoint away and giving its name to another one left it under `REPLACED`."""
-        for away in self.folder.glob(f".*{REPLACED}"):
-            final = self.folder / away.name[1 : -len(REPLACED)]
-            if not final.exists():
-                away.rename(final)
-
-    def _make_folder(self, aside: Path) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._put_back()
-        remove_leftovers(self.folder)
-        aside.mkdir()
-
-    def _commit(self, aside: Path, final: Path, entries: dict[str, Any], state: dict[str, Any]) -> None:
+    def _commit(self, name: str, entries: dict[str, Any], state: dict[str, Any]) -> None:
+        aside = self._names.aside(name)
         write_json(aside / STATE, state)
         entries = {**entries, STATE: _flushed_entry(aside / STATE)}
         self._at_point("state_written")
@@ -353,33 +308,8 @@ class Checkpointer:
         write_json(aside / MANIFEST, {"files": entries, "world_size": self._world.world_size})
         fsync_folder(aside)
         self._at_point("manifest_written")
-        if final.exists():
-            # The same step was saved before (and found damaged, or left behind by going back).
-            final.rename(self.folder / f".{final.name}{REPLACED}")
-            self._at_point("replaced_old")
-        aside.rename(final)
-        fsync_folder(self.folder)
-        remove_leftovers(self.folder)
+        self._names.give_name(name, self._at_point)
         self._at_point("renamed")
-
-    def _prune(self, best_step: int) -> None:
-        if self._world.is_first:
-            complete = self._complete(STEP_PREFIX)
-            for path in complete[self._keep_last :]:
-                self._remove(path)
-            wanted = {best_step}
-            for path in complete[: self._keep_last]:
-                wanted.add(int(read_json(path / STATE)["best_step"]))
-            for path in self._complete(BEST_PREFIX):
-                if _step_of(path) not in wanted:
-                    self._remove(path)
-        self._at_point("pruned")
-
-    def _remove(self, path: Path) -> None:
-        """Under another name first: what has a checkpoint's name is never half removed."""
-        aside = path.with_name(f".{path.name}.tmp-pruned")
-        path.rename(aside)
-        shutil.rmtree(aside)
 
     def _together(self, work: Callable[[], None], first_rank_alone: bool = False) -> None:
         """Do `work`, and raise on all ranks when it failed on one; also a barrier."""
@@ -390,10 +320,13 @@ class Checkpointer:
             except Exception as caught:
                 error = caught
         own = ("", 0) if error is None else (f"rank {self._world.rank}: {error}", getattr(error, "errno", None) or 0)
-        reports = all_gather_objects(own, self._group)
+        fenced = error if isinstance(error, StageFailed) else None
+        reports = all_gather_objects((*own, fenced), self._group)
         if error is not None:
             raise error
-        for message, number in reports:
+        for message, number, fenced in reports:
+            if fenced is not None:  # cut off together: no rank may take it for a damaged folder
+                raise fenced
             if number:  # a full disk is a full disk on every rank, so that all are classified alike
                 raise OSError(number, f"{self.folder}: the checkpoint was not written ({message})")
             if message:
@@ -402,14 +335,6 @@ class Checkpointer:
                     allowed="a folder that every rank can write",
                     action="mend what the message names; older checkpoints are whole",
                 )
-
-
-def _rng_name(rank: int) -> str:
-    return f"rng_{rank:05d}.json"
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.rsplit("_", 1)[1])
 
 
 def _flushed_entry(path: Path) -> dict[str, Any]:

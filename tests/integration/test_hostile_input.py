@@ -1,12 +1,15 @@
-"""Fuzzers of everything small that a run reads: configurations, indexes, cursors, journals, archives, tokenizers, manifests.
+"""Fuzzers of everything small that a run reads: configurations, indexes, cursors, journals, archives, tokenizers, manifests, checkpoints.
 
 The quick form has a few thousand cases; the slow one, with `test_hostile_shards.py`, more than a hundred thousand.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,15 @@ from hsmn_dist.data.shards.index import parse_index
 from hsmn_dist.data.shards.tar_layout import END_OF_ARCHIVE, member, member_names
 from hsmn_dist.data.stream.cursor import Cursor
 from hsmn_dist.data.tokenizer import BpeTokenizer, load_tokenizer
+from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.errors import CheckpointError
 from hsmn_dist.foundation.files import read_json, verify_manifest
 from hsmn_dist.orchestration.journal import read_events, run_status
+from hsmn_dist.training.checkpoint import Checkpointer, TrainState
 from tests.support.fuzzing import Tally, dump_json, mutate, mutate_json, outcome
+from tests.support.models import tiny_batch
 from tests.support.shards import write_folder
+from tests.support.stages import TinyStage, training_config
 
 RUN = Path(__file__).resolve().parents[2] / "configs" / "runs" / "hsmn_debug_demo_cpu.yaml"
 MINIMAL = """name: tiny
@@ -145,6 +152,52 @@ def manifest_case(folder: Path) -> Case:
     return case
 
 
+def checkpoint_case(folder: Path) -> Case:
+    """A damaged file of a checkpoint whose manifest, mostly, gives it the hash and size that it has."""
+    engine = TinyStage(folder, World(), training_config(global_batch_examples=2)).parts().engine
+    engine.forward_backward(tiny_batch(0, 2), 5)
+    engine.step(0.01)
+    state = TrainState(3, {"samples_seen": 4}, 0.25, 2, 1, [(0, 3.5), (2, 0.25)], 10, 20, 1, 1, [1.5])
+    place = Checkpointer(folder / "c", World()).save(engine, state)
+    Checkpointer(folder / "c", World()).restore(engine)  # what torch loads once, it loads here
+    whole = {file.name: file.read_bytes() for file in place.iterdir()}
+
+    def case(rng: random.Random) -> Callable[[], object]:
+        shutil.rmtree(folder / "c")
+        place.mkdir(parents=True)
+        files = dict(whole)
+        name = rng.choice(["manifest.json", "state.json", "rng_00000.json", "rank_00000.safetensors"])
+        if rng.random() < 0.2:
+            files[name] = mutate(rng, whole[name])
+        elif name.endswith(".json"):
+            files[name] = dump_json(mutate_json(rng, json.loads(whole[name])))
+        else:
+            files[name] = with_header(whole[name], lambda header: mutate_json(rng, header, most=2))
+        if rng.random() < 0.2:
+            stranger = rng.choice(["rng_00001.json", "rank_00001.safetensors", "state.json.x"])
+            files[stranger] = mutate(rng, whole["rank_00000.safetensors"])
+        if name != "manifest.json" and rng.random() < 0.9:
+            manifest = json.loads(whole["manifest.json"])
+            manifest["files"][name] = {"sha256": hashlib.sha256(files[name]).hexdigest(), "bytes": len(files[name])}
+            files["manifest.json"] = dump_json(manifest)
+        for file, data in files.items():
+            (place / file).write_bytes(data)
+        return lambda: Checkpointer(folder / "c", World()).restore(engine)
+
+    return case
+
+
+def with_header(data: bytes, change: Callable[[Any], Any]) -> bytes:
+    """A safetensors file with our own part of its header, or all of it, changed."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    ours = change(json.loads(header["__metadata__"]["hsmn_dist"]))
+    header["__metadata__"]["hsmn_dist"] = json.dumps(ours)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
 CASES: dict[str, tuple[Callable[[Path], Case], int, int]] = {
     # name: (cases, how many in the quick form, how many in the slow form)
     "configurations": (config_case, 100, 3_000),
@@ -154,6 +207,7 @@ CASES: dict[str, tuple[Callable[[Path], Case], int, int]] = {
     "archives": (archive_case, 400, 20_000),
     "tokenizers": (tokenizer_case, 200, 4_000),
     "manifests": (manifest_case, 300, 10_000),
+    "checkpoints": (checkpoint_case, 100, 3_000),
 }
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import safetensors
+import safetensors.torch
 import torch
 
 from hsmn_dist.distributed.world import World
@@ -163,6 +165,160 @@ def test_a_kill_at_any_touch_of_a_file_leaves_the_last_complete_checkpoint(
     assert not outcomes[0]
 
 
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def step_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("step_*"))
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+@pytest.mark.parametrize("is_restored", [True, False])
+def test_a_damaged_newest_checkpoint_never_costs_a_sound_one(tmp_path: Path, keep_last: int, is_restored: bool) -> None:
+    engine, folder = make_engine(tmp_path), tmp_path / "c"
+    for step in (10, 20):
+        Checkpointer(folder, World(), keep_last=3).save(engine, TrainState(step=step))
+    damage(folder / "step_00000020" / "rank_00000.safetensors")
+    keeper = Checkpointer(folder, World(), keep_last)
+    if is_restored:
+        assert keeper.restore(engine) == TrainState(step=10)
+        assert (folder / ".damaged-step_00000020").is_dir(), "it is there to be looked at"
+    keeper.save(engine, TrainState(step=15))
+    if is_restored:
+        assert step_names(folder) == ["step_00000010", "step_00000015"][-keep_last:]
+    assert Checkpointer(folder, World()).restore(engine) == TrainState(step=15)
+    for step in (20, 25):
+        keeper.save(engine, TrainState(step=step))
+    keeper.save(engine, TrainState(step=30))
+    assert sorted(path.name for path in folder.iterdir()) == [f"step_{step:08d}" for step in (25, 30)[-keep_last:]], (
+        "the damaged one goes with those of its age"
+    )
+
+
+def test_a_damaged_checkpoint_does_not_outlive_the_start_of_a_stage_anew(tmp_path: Path) -> None:
+    engine, folder = make_engine(tmp_path), tmp_path / "c"
+    Checkpointer(folder, World()).save(engine, TrainState(step=20))
+    damage(folder / "step_00000020" / "state.json")
+    keeper = Checkpointer(folder, World(), keep_last=1)
+    assert keeper.restore(engine) is None
+    keeper.save(engine, TrainState(step=5))
+    assert Checkpointer(folder, World(), keep_last=1).restore(engine) == TrainState(step=5)
+
+
+@pytest.mark.parametrize("content", ["[", '{"best_step": "x"}', "[]"])
+def test_an_unreadable_old_state_does_not_fail_the_saves_after_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    engine, folder = make_engine(tmp_path), tmp_path / "c"
+    keeper = Checkpointer(folder, World(), keep_last=2)
+    keeper.save_best(engine, TrainState(step=1, best_step=1))
+    keeper.save(engine, TrainState(step=1, best_step=1))
+    (folder / "step_00000001" / "state.json").write_text(content)
+    keeper.save(engine, TrainState(step=2, best_step=2))
+    assert "were not removed" in caplog.text
+    assert (folder / "best_00000001").is_dir(), "who knows which weights the unreadable one speaks of"
+    for step in (3, 4):
+        keeper.save(engine, TrainState(step=step, best_step=2))
+    assert step_names(folder) == ["step_00000003", "step_00000004"] and not (folder / "best_00000001").exists()
+
+
+def test_a_folder_that_cannot_be_removed_does_not_fail_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, keeper = make_engine(tmp_path), Checkpointer(tmp_path / "c", World(), keep_last=1)
+    keeper.save(engine, TrainState(step=1))
+    real = shutil.rmtree
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if "step_00000001" not in str(path):
+            real(path, ignore_errors)
+        elif not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        keeper.save(engine, TrainState(step=2))
+    assert "was not removed" in caplog.text
+    keeper.save(engine, TrainState(step=3))
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["step_00000003"]
+
+
+class Attempts:
+    """Who may commit, as `attempt.json` would say it."""
+
+    def __init__(self) -> None:
+        self.owner = "old"
+
+    def check(self, name: str) -> Callable[[], None]:
+        def may_commit() -> None:
+            if self.owner != name:
+                raise StageFailed(f"{name} was replaced", kind="fenced")
+
+        return may_commit
+
+    def keeper(self, folder: Path, name: str, at_point: Callable[[str], None] = lambda _: None) -> Checkpointer:
+        return Checkpointer(folder, World(), 2, self.check(name), at_point, owner=name)
+
+
+@pytest.mark.parametrize("point", SAVE_POINTS[:-1])
+def test_a_fenced_attempt_that_saves_leaves_the_save_of_the_live_one_alone(tmp_path: Path, point: str) -> None:
+    engine, attempts, folder = make_engine(tmp_path), Attempts(), tmp_path / "c"
+    old = attempts.keeper(folder, "old")
+    old.save(engine, TrainState(step=1))
+    attempts.owner = "new"
+    refused = []
+
+    def interfere(at: str) -> None:
+        if at == point:
+            for step in (1, 2):
+                with pytest.raises(StageFailed, match="old was replaced"):
+                    old.save(engine, TrainState(step=step, num_tokens=7))
+                refused.append(step)
+
+    new = attempts.keeper(folder, "new", interfere)
+    for step in (1, 2):  # the first one replaces that of the old attempt
+        new.save(engine, TrainState(step=step))
+        assert Checkpointer(folder, World()).restore(engine) == TrainState(step=step)
+    assert set(refused) == {1, 2}
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+@pytest.mark.parametrize("point", SAVE_POINTS[:5])
+def test_a_save_that_is_overtaken_by_a_new_attempt_ends_refused_and_changes_nothing(tmp_path: Path, point: str) -> None:
+    engine, attempts, folder = make_engine(tmp_path), Attempts(), tmp_path / "c"
+
+    def overtake(at: str) -> None:
+        if at == point and attempts.owner == "old":
+            attempts.owner = "new"
+            attempts.keeper(folder, "new").save(engine, TrainState(step=2, num_tokens=5))
+
+    old = attempts.keeper(folder, "old", overtake)
+    with pytest.raises((StageFailed, OSError)):
+        old.save(engine, TrainState(step=2))
+    assert Checkpointer(folder, World()).restore(engine) == TrainState(step=2, num_tokens=5)
+    attempts.keeper(folder, "new").save(engine, TrainState(step=3))
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000002", "step_00000003"], "nothing is left aside"
+
+
+def test_a_process_that_was_cut_off_between_its_right_and_its_clean_up_removes_nothing_of_its_successor(
+    tmp_path: Path,
+) -> None:
+    engine, folder = make_engine(tmp_path), tmp_path / "c"
+    successor = Checkpointer(folder, World(), owner="new")
+    has_begun = []
+
+    def frozen_after_it_was_allowed() -> None:
+        if not has_begun:
+            has_begun.append(True)
+            successor._names.begin("step_00000002")
+
+    Checkpointer(folder, World(), may_commit=frozen_after_it_was_allowed, owner="old").save(engine, TrainState(step=1))
+    assert successor._names.aside("step_00000002").is_dir()
+
+
 def test_the_newest_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine, keeper = make_engine(tmp_path), Checkpointer(tmp_path / "c", World(), keep_last=3)
     for step in (1, 2, 3):
@@ -241,6 +397,101 @@ def test_an_attempt_that_was_replaced_may_not_commit(tmp_path: Path) -> None:
 def test_an_unknown_key_in_the_state_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="colour"):
         TrainState.from_json({"step": 1, "colour": "red"})
+
+
+def rewrite(place: Path, name: str, data: bytes) -> None:
+    """Other content under a manifest that agrees with it."""
+    (place / name).write_bytes(data)
+    manifest = json.loads((place / MANIFEST).read_text())
+    manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (place / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("state.json", "[]"),
+        ("state.json", '{"step": "x"}'),
+        ("state.json", '{"step": 1, "validations": [1]}'),
+        ("state.json", '{"step": 1, "num_tokens": -1}'),
+        ("state.json", '{"step": 1, "best_loss": "low"}'),
+        ("state.json", '{"step": 1, "cursor": []}'),
+        ("state.json", '{"step": 7}'),
+        ("rng_00000.json", "{}"),
+        ("rng_00000.json", "[]"),
+    ],
+)
+def test_strange_json_in_a_checkpoint_is_refused_in_words(tmp_path: Path, name: str, content: str) -> None:
+    engine = make_engine(tmp_path)
+    rewrite(Checkpointer(tmp_path / "c", World()).save(engine, TrainState(step=1)), name, content.encode())
+    with pytest.raises(CheckpointError, match="state"):
+        Checkpointer(tmp_path / "c", World()).restore(engine)
+
+
+def test_a_position_beyond_the_words_of_a_random_generator_is_refused(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+    place = Checkpointer(tmp_path / "c", World()).save(engine, TrainState(step=1))
+    states = json.loads((place / "rng_00000.json").read_text())
+    states["numpy"][2] = 100_000  # numpy would take it, and read beyond its words
+    rewrite(place, "rng_00000.json", json.dumps(states).encode())
+    with pytest.raises(CheckpointError, match="generators"):
+        Checkpointer(tmp_path / "c", World()).restore(engine)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format": None}, "format None"),
+        ({"format": True}, "format True"),
+        ({"shards": []}, "lists no shards"),
+        ({"shards": {}}, "does not speak of"),
+        ({"start": "0"}, "no range"),
+        ({"start": -1}, "no range"),
+        ({"stop": 10**9}, "no range"),
+        ({"shape": "abc"}, "no range"),
+        ({"stop": 1}, "1 numbers in a row"),
+        ({"scalars": {"step": {"value": 1, "dtype": "load"}}}, "no range"),
+        ({"scalars": {"step": {"value": "1", "dtype": "int64"}}}, "no range"),
+        ({"scalars": {"step": {"value": 10**30, "dtype": "int64"}}}, "as int64"),
+        ({"scalars": {"exp_avg": {"value": 1, "dtype": "int64"}}}, "a number and a tensor"),
+    ],
+)
+def test_a_strange_header_of_a_shard_file_is_refused_in_words(
+    tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    engine = make_engine(tmp_path)
+    train_a_step(engine, 1)
+    tensors, text = engine.snapshot()
+    header = json.loads(text)
+    entry = next(iter(header["shards"].values()))
+    for key, value in changes.items():
+        (header if key in header else entry)[key] = value
+    safetensors.torch.save_file(tensors, tmp_path / "x", metadata={"hsmn_dist": json.dumps(header)})
+    place = Checkpointer(tmp_path / "c", World()).save(engine, TrainState(step=1))
+    rewrite(place, "rank_00000.safetensors", (tmp_path / "x").read_bytes())
+    with pytest.raises(CheckpointError, match=words):
+        Checkpointer(tmp_path / "c", World()).restore(engine)
+
+
+def test_files_that_the_manifest_does_not_list_are_not_read(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+    place = Checkpointer(tmp_path / "c", World()).save(engine, TrainState(step=1))
+    drawn = torch.rand(3)
+    (place / "rng_00001.json").write_text("{}")
+    (place / "rank_00001.safetensors").write_bytes((place / "rank_00000.safetensors").read_bytes())
+    torch.manual_seed(99)
+    assert Checkpointer(tmp_path / "c", World()).restore(engine) == TrainState(step=1)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+@pytest.mark.parametrize("missing", ["state.json", "all"])
+def test_a_manifest_that_does_not_vouch_for_the_state_makes_no_sound_checkpoint(tmp_path: Path, missing: str) -> None:
+    engine = make_engine(tmp_path)
+    place = Checkpointer(tmp_path / "c", World()).save(engine, TrainState(step=1))
+    manifest = json.loads((place / MANIFEST).read_text())
+    manifest["files"] = {} if missing == "all" else {n: e for n, e in manifest["files"].items() if n != missing}
+    (place / MANIFEST).write_text(json.dumps(manifest))
+    assert Checkpointer(tmp_path / "c", World()).restore(engine) is None
 
 
 def test_a_shard_file_that_is_a_pickle_is_refused_and_runs_nothing(tmp_path: Path) -> None:
