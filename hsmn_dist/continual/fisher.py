@@ -5,9 +5,9 @@ batched backward pass per micro-batch through taps (`example_gradients.py`), or 
 (`fisher_reference.py`) where a parameter has no rule. The first micro-batch is computed both ways, and a difference switches
 the slow way on: a model that hides which example a row belongs to must not give a wrong Fisher quietly.
 
-Rows are numbered in the order in which micro-batches are dealt to ranks (blocks of one micro-batch, rank after rank), so
-that groups of the `_sum` estimators and micro-batches are the same examples for every number of ranks (of one split; where
-several splits follow each other, each ends with its own padding and later groups shift by it).
+Examples are counted in the order in which micro-batches are dealt to ranks (blocks of one micro-batch, rank after rank) and
+padding is not counted, so that groups of the `_sum` estimators are the same examples for every number of ranks, though each
+of several datasets ends with padding of its own, which depends on that number.
 
 Source: continual.md section 3; van de Ven 2025, arXiv 2502.11756.
 """
@@ -15,8 +15,9 @@ Source: continual.md section 3; van de Ven 2025, arXiv 2502.11756.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -120,6 +121,7 @@ class FisherPass:
         self._is_checked = False
         self._rank, self._world_size = rank_and_world_size()
         self._num_means = torch.zeros((), dtype=torch.int64)
+        self._num_placed = torch.zeros((), dtype=torch.int64)
         self.num_batches = 0
 
     @property
@@ -129,7 +131,7 @@ class FisherPass:
 
     def add(self, batch: Batch) -> None:
         """Add one micro-batch of this rank; all ranks call it the same number of times, with the same number of rows."""
-        with _evaluating(self._module), self._taps.installed():
+        with _evaluating(self._module), _uncompiled(), self._taps.installed():
             if not self._is_checked:
                 self._choose_way(batch)
             if self._is_grouped:
@@ -152,14 +154,15 @@ class FisherPass:
 
     def state(self) -> dict[str, list[Tensor]]:
         """What an interrupted pass needs to go on, besides `num_batches`."""
-        return {"sums": self._sums.totals(), "squares": self._squares, "means": [self._num_means]}
+        return {"sums": self._sums.totals(), "squares": self._squares, "counts": [self._num_means, self._num_placed]}
 
     def restore(self, state: Mapping[str, Sequence[Tensor]], num_batches: int) -> None:
         """Continue behind the first `num_batches` micro-batches."""
         self._sums.restore(state["sums"])
         for mine, saved in zip(self._squares, state.get("squares", []), strict=True):
             mine.copy_(saved)
-        self._num_means.copy_(state["means"][0])
+        self._num_means.copy_(state["counts"][0])
+        self._num_placed.copy_(state["counts"][1])
         self.num_batches = num_batches
 
     def close(self) -> None:
@@ -200,16 +203,24 @@ class FisherPass:
 
     def _add_groups(self, batch: Batch) -> None:
         """`_sum` estimators: the gradient of a whole group over all ranks, squared on the shards."""
-        rows = num_rows(batch)
         size = group_size(self._config, self._num_examples)
-        first = self.num_batches * self._world_size * rows
-        stop = first + self._world_size * rows
-        places = first + self._rank * rows + torch.arange(rows)
+        first, stop, places = self._places(batch)
         for group in range(first // size, -(-stop // size)):
             self._add_sum(batch, (places // size == group).float())
             if (group + 1) * size <= stop:
                 for squares, total in zip(self._squares, self._sums.totals(clears=True), strict=True):
                     squares.addcmul_(total, total)
+
+    def _places(self, batch: Batch) -> tuple[int, int, Tensor]:
+        """(first, last + 1) place of what all ranks see now, counted in examples, and this rank's places; -1: padding."""
+        is_example = valid_rows(batch)
+        counts = torch.zeros(self._world_size, dtype=torch.int64)
+        counts[self._rank] = is_example.sum()
+        all_reduce_sum(counts)
+        first = int(self._num_placed)
+        own = first + int(counts[: self._rank].sum()) + is_example.long().cumsum(0) - 1
+        self._num_placed += counts.sum()
+        return first, int(self._num_placed), own.masked_fill(~is_example, -1)
 
     def _add_sum(self, batch: Batch, weights: Tensor) -> None:
         if self._is_batched:
@@ -309,3 +320,9 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for child, mode in modes:
             child.training = mode
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Inside, compiled modules run as they are written: a compiled graph neither calls hooks nor announces rows."""
+    # Nothing is compiled where dynamo was never imported, and importing it takes seconds.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

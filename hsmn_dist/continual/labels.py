@@ -9,6 +9,9 @@ in sign when the importance is taken); the hash is the finaliser of SplitMix64 (
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +22,7 @@ _BLOCK_ENTRIES = 1 << 22
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_NEXT_DATASET = 1 << 40
 SAMPLED: tuple[Estimator, ...] = ("sampled", "sampled_sum")
 
 
@@ -27,6 +31,24 @@ def target_loss(estimator: Estimator, seed: int, example_index: Tensor) -> Targe
     if estimator in SAMPLED:
         return _SampledLoss(seed, example_index)
     return reversed_cross_entropy if estimator == "logit_reversal" else wide_cross_entropy
+
+
+class ExampleNumbers:
+    """A number for each example of a sequence that no other example has, and the same however many ranks share it.
+
+    An index that comes for the first time is its own number; where it comes again, in a later dataset, that is added.
+    """
+
+    def __init__(self) -> None:
+        self._times_seen: Counter[int] = Counter()
+
+    def of_step(self, indexes: Sequence[int]) -> list[int]:
+        """Numbers of the examples that all ranks together see next, in the order of the sequence; -1 (padding) stays."""
+        numbers = []
+        for index in indexes:
+            numbers.append(index if index < 0 else index + self._times_seen[index] * _NEXT_DATASET)
+            self._times_seen[index] += 1
+        return numbers
 
 
 def wide_cross_entropy(logits: Tensor, labels: Tensor, rows: Tensor, positions: Tensor) -> Tensor:

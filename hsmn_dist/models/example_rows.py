@@ -36,7 +36,9 @@ class Listener(Protocol):
 
 
 _ROWS: ContextVar[Tensor | None] = ContextVar("example_rows", default=None)
-_LISTENER: ContextVar[Listener | None] = ContextVar("example_rows_listener", default=None)
+# Not a context variable: on a GPU autograd recomputes checkpointed blocks in a thread of its own, where context variables of
+# the thread that ran the forward pass are unset, and a recomputation must save exactly the tensors that the first one saved.
+_listener: Listener | None = None
 
 
 @contextlib.contextmanager
@@ -56,8 +58,8 @@ def current_rows() -> Tensor | None:
 
 def per_example(parameter: Tensor, num_examples: int) -> Tensor:
     """A parameter [*shape] as one copy per example, [num_examples, *shape] (a view, no memory)."""
-    # torch.compile cannot trace a context variable, and nobody listens there.
-    listener = None if torch.compiler.is_compiling() else _LISTENER.get()
+    # Nobody listens inside a compiled graph.
+    listener = None if torch.compiler.is_compiling() else _listener
     if listener is not None:
         return listener.expand(parameter, num_examples)
     return parameter.expand(num_examples, *parameter.shape)
@@ -65,15 +67,16 @@ def per_example(parameter: Tensor, num_examples: int) -> Tensor:
 
 def tied_linear(x: Tensor, weight: Tensor) -> Tensor:
     """X W^T for a weight [out, in] that belongs to another module (a token table used as the head)."""
-    listener = None if torch.compiler.is_compiling() else _LISTENER.get()
+    listener = None if torch.compiler.is_compiling() else _listener
     return functional.linear(x, weight) if listener is None else listener.linear(x, weight)
 
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Inside, `per_example` and `tied_linear` go through `listener`."""
-    token = _LISTENER.set(listener)
+    """Inside, `per_example` and `tied_linear` go through `listener`, in whatever thread they are called."""
+    global _listener
+    before, _listener = _listener, listener
     try:
         yield
     finally:
-        _LISTENER.reset(token)
+        _listener = before

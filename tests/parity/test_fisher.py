@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from hsmn_dist.config.continual import FisherConfig
 from hsmn_dist.continual import fisher as fisher_module
 from hsmn_dist.distributed.shards import ParamShard
 from hsmn_dist.distributed.world import World
+from hsmn_dist.models.contract import ModelInput
 from hsmn_dist.training.fisher_pass import run_fisher
 from tests.support.distributed import run_distributed
 from tests.support.fisher import dealt, dense_fisher, engine_of, examples, relative_error, tiny
@@ -99,6 +102,48 @@ def test_activation_checkpointing_changes_nothing(name: str, ways: list[bool]) -
     assert_close(found, shards, dense_fisher(tiny(name), examples(NUM_EXAMPLES), config), name)
 
 
+@pytest.mark.parametrize("name", ["hope self_modifying", "hope optimizer_chain", "hsmn"])
+def test_blocks_may_be_recomputed_in_another_thread(name: str, ways: list[bool], monkeypatch) -> None:
+    """As on a GPU, where autograd runs the backward pass, and so the recomputation, in a thread of its own."""
+    plain = torch.autograd.grad
+
+    def in_a_thread(*arguments, **named):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(plain, *arguments, **named).result()
+
+    monkeypatch.setattr(torch.autograd, "grad", in_a_thread)
+    config = FisherConfig(estimator="sampled", **SETTINGS)
+    found, shards = one_process(name, config, "every_block")
+    monkeypatch.undo()
+    assert ways == [True]
+    assert_close(found, shards, dense_fisher(tiny(name), examples(NUM_EXAMPLES), config), name)
+
+
+@pytest.mark.parametrize("name", ["hsmn tied", "hope self_modifying"])
+def test_a_compiled_model_takes_the_batched_path_uncompiled(name: str, ways: list[bool]) -> None:
+    """Inside a compiled graph hooks do not see examples."""
+    config = FisherConfig(estimator="sampled", **SETTINGS)
+    engine = engine_of(name, World())
+    num_compiled = 0
+
+    def backend(graph, inputs):
+        nonlocal num_compiled
+        num_compiled += 1
+        return graph.forward
+
+    engine._nll.compile(dynamic=True, backend=backend)
+    batches = dealt(examples(NUM_EXAMPLES), config.micro_batch_examples)
+    found = run_fisher(engine, batches, config, World(), NUM_EXAMPLES)
+    assert ways == [True] and num_compiled == 0
+    assert_close(found, engine.param_shards(False), dense_fisher(tiny(name), examples(NUM_EXAMPLES), config), name)
+    if name == "hsmn tied":  # and training is compiled as before
+        batch = examples(4)
+        inputs = (batch[key] for key in ("context_ids", "context_mask", "target_ids", "loss_mask"))
+        engine.forward_backward(ModelInput(*inputs), 10.0)
+        assert num_compiled > 0
+        torch.compiler.reset()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_an_examples_loss_is_the_mean_or_the_sum_over_its_tokens(reduction: str) -> None:
     config = FisherConfig(estimator="empirical", example_reduction=reduction, **SETTINGS)
@@ -157,6 +202,48 @@ def test_two_ranks_give_the_dense_fisher_on_every_zero_stage() -> None:
     cases += [("hsmn", 3, e) for e in ESTIMATORS]
     cases += [("hope tied", 3, "sampled"), ("hsmn tied", 2, "microbatch"), ("plain tied", 3, "empirical")]
     check_on_ranks(2, cases, 400)
+
+
+DATASETS = (5, 9)
+
+
+def two_datasets() -> list[dict[str, torch.Tensor]]:
+    """Two datasets of a stage, which both count their examples from 0, the second in another order."""
+    made = [examples(size, seed=size) for size in DATASETS]
+    for batch, size in zip(made, DATASETS, strict=True):
+        batch["example_index"] = torch.arange(size).flip(0) if size == DATASETS[1] else torch.arange(size)
+    return made
+
+
+def as_one_sequence() -> dict[str, torch.Tensor]:
+    """The same examples as one dataset; an index of the second that the first has too gets a number of its own."""
+    first, second = two_datasets()
+    index = second["example_index"]
+    second["example_index"] = torch.where(index < DATASETS[0], index + (1 << 40), index)
+    return {key: torch.cat([first[key], second[key]]) for key in first}
+
+
+def fisher_of_two_datasets(estimator: str, world: World, engine_kind: str, stage: int) -> tuple[str, float]:
+    """How far the Fisher of both is from that of one sequence, by the definition."""
+    config, total = FisherConfig(estimator=estimator, **SETTINGS), sum(DATASETS)
+    engine = engine_of("hsmn", world, engine_kind, stage)
+    batches = [b for d in two_datasets() for b in dealt(d, config.micro_batch_examples, world.rank, world.world_size)]
+    found = run_fisher(engine, batches, config, world, total)
+    errors = errors_of(found, engine.param_shards(False), dense_fisher(tiny("hsmn"), as_one_sequence(), config))
+    engine.close()
+    return estimator, max(errors.values())
+
+
+def two_datasets_on_ranks(world: World, estimators: list[str]) -> list[tuple[str, float]]:
+    torch.set_num_threads(1)
+    return [fisher_of_two_datasets(estimator, world, "deepspeed", 3) for estimator in estimators]
+
+
+def test_two_datasets_of_a_stage_are_one_sequence_on_any_number_of_ranks() -> None:
+    estimators = ["sampled", "empirical", "signed_sum", "sampled_sum"]
+    found = [fisher_of_two_datasets(estimator, World(), "local", 0) for estimator in estimators]
+    found += [line for ranks in run_distributed(two_datasets_on_ranks, 2, estimators, timeout=400) for line in ranks]
+    assert [line for line in found if line[1] >= TOLERANCE] == [] and len(found) == 3 * len(estimators)
 
 
 @pytest.mark.slow

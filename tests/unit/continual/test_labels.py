@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hsmn_dist.continual.labels import reversed_cross_entropy, sample_labels, signs, target_loss, uniform
+from hsmn_dist.continual.labels import (
+    ExampleNumbers,
+    reversed_cross_entropy,
+    sample_labels,
+    signs,
+    target_loss,
+    uniform,
+)
 from hsmn_dist.models.contract import cross_entropy
 
 
@@ -85,3 +92,15 @@ def test_reversed_logits_keep_a_gradient_where_the_model_is_certain() -> None:
     assert float(plain.norm()) < 1e-7 < 0.5 < float(reversed_.norm())
     by_hand = -torch.log_softmax(-logits.detach(), 1)[0, 0]
     assert reversed_cross_entropy(logits, rows, rows, rows).item() == pytest.approx(float(by_hand))
+
+
+def test_examples_of_later_datasets_get_numbers_of_their_own() -> None:
+    numbers = ExampleNumbers()
+    first = numbers.of_step([0, 1, 2, -1])
+    second = numbers.of_step([2, 5, 0, -1])
+    third = numbers.of_step([0])
+    assert first == [0, 1, 2, -1] and second[1] == 5 and second[3] == -1
+    given = [number for number in first + second + third if number >= 0]
+    assert len(set(given)) == len(given)
+    drawn = signs(3, torch.tensor(given))
+    assert torch.equal(drawn, signs(3, torch.tensor(given))) and set(drawn.tolist()) <= {-1.0, 1.0}

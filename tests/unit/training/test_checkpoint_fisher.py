@@ -53,3 +53,28 @@ def test_missing_data_and_another_models_store_are_refused(data: Path, tmp_path:
     save_fisher_of_weights(model(), data, config, tmp_path / "fisher")
     with pytest.raises(CheckpointError, match="differ"):
         load_store(tmp_path / "fisher", engine_of("hope", World()).param_shards(False))
+
+
+def test_a_fisher_that_was_killed_does_not_go_on_with_other_data_or_another_split(data: Path, tmp_path: Path) -> None:
+    """The files have the same names and numbers of examples; only the index tells them apart."""
+    other = write_folder(tmp_path / "other", 7, name="elsewhere", splits=("train", "test"))
+    config = FisherConfig(estimator="sampled", num_fisher_examples=6, micro_batch_examples=2, save_every_batches=1)
+
+    def killed(done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    def measured(folder: Path, split: str, out: str) -> tuple[list[int], float]:
+        seen: list[int] = []
+        facts = save_fisher_of_weights(
+            model(), folder, config, tmp_path / out, split=split, progress=lambda done, total: seen.append(done)
+        )
+        return seen, facts["fisher_sum"]
+
+    for folder, split in ((other, "train"), (other, "test")):
+        with pytest.raises(KeyboardInterrupt):
+            save_fisher_of_weights(model(), data, config, tmp_path / f"out_{split}", progress=killed)
+        assert measured(folder, split, f"out_{split}") == ([2, 4, 6], measured(folder, split, f"new_{split}")[1])
+    with pytest.raises(KeyboardInterrupt):
+        save_fisher_of_weights(model(), data, config, tmp_path / "same", progress=killed)
+    assert measured(data, "train", "same")[0] == [4, 6]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -158,7 +159,14 @@ def test_two_ranks_save_together_and_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"estimator": "empirical"}, {"seed": 8}, {"example_reduction": "sum"}, {"micro_batch_examples": 5}]
+    "change",
+    [
+        {"estimator": "empirical"},
+        {"seed": 8},
+        {"example_reduction": "sum"},
+        {"micro_batch_examples": 5},
+        {"num_groups": 7},
+    ],
 )
 def test_resuming_with_other_settings_is_refused(engine, change, tmp_path: Path) -> None:
     batch = examples(10)
@@ -171,14 +179,112 @@ def test_resuming_with_other_settings_is_refused(engine, change, tmp_path: Path)
     assert str(tmp_path) in caught.value.action
 
 
-def test_a_damaged_unfinished_pass_is_refused(engine, tmp_path: Path) -> None:
+def interrupted_pass(engine, folder: Path, batch=None, **facts) -> FisherConfig:
+    """Two of the three micro-batches of six examples lie in `folder`; gives the settings."""
     config = FisherConfig(estimator="sampled", micro_batch_examples=2, save_every_batches=1)
     with pytest.raises(Interrupted):
-        run_fisher(engine, stopping(dealt(examples(6), 2), 2), config, WORLD, 6, resume_folder=tmp_path)
-    file = next(tmp_path.glob("after_*"))
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(CheckpointError, match="damaged"):
-        run_fisher(engine, dealt(examples(6), 2), config, WORLD, 6, resume_folder=tmp_path)
+        batches = stopping(dealt(batch or examples(6), 2), 2)
+        run_fisher(engine, batches, config, WORLD, 6, resume_folder=folder, **facts)
+    return config
+
+
+def counted(engine, config, folder: Path, batch=None, **facts) -> tuple[list[torch.Tensor], list[int]]:
+    """The Fisher of six examples, and after how many of them a micro-batch was really computed."""
+    seen: list[int] = []
+    batches = dealt(batch or examples(6), 2)
+    found = run_fisher(engine, batches, config, WORLD, 6, lambda done, _: seen.append(done), folder, **facts)
+    return found, seen
+
+
+def test_an_unfinished_pass_of_other_weights_is_not_gone_on_with(tmp_path: Path, caplog) -> None:
+    engine, other = engine_of("hsmn", WORLD), engine_of("hsmn", WORLD)
+    with torch.no_grad():
+        next(other.module.parameters()).view(-1)[3] += 1e-3
+    config = interrupted_pass(engine, tmp_path)
+    with caplog.at_level("WARNING"):
+        found, seen = counted(other, config, tmp_path)
+    assert seen == [2, 4, 6] and "begins anew: it was taken of other weights" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(found, counted(other, config, tmp_path / "new")[0], strict=True))
+
+
+def test_an_unfinished_pass_of_a_model_that_is_frozen_otherwise_is_not_gone_on_with(tmp_path: Path) -> None:
+    engine = engine_of("hope", WORLD)
+    frozen = engine.module.layers[0]
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
+    engine._trainable = [name for name, p in engine.module.named_parameters() if p.requires_grad]
+    config = interrupted_pass(engine, tmp_path)
+    with torch.no_grad():
+        next(frozen.parameters()).add_(1e-3)
+    assert counted(engine, config, tmp_path)[1] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("change", ["rows", "facts", "number"])
+def test_an_unfinished_pass_of_other_data_is_not_gone_on_with(engine, change: str, tmp_path: Path) -> None:
+    config = interrupted_pass(engine, tmp_path, data_facts={"split": "train"})
+    batch = examples(6, seed=4 if change == "rows" else 0)
+    facts = {"split": "test" if change == "facts" else "train"}
+    seen: list[int] = []
+    total = 5 if change == "number" else 6
+    run_fisher(
+        engine, dealt(batch, 2), config, WORLD, total, lambda done, _: seen.append(done), tmp_path, data_facts=facts
+    )
+    assert seen == [2, 4, total]
+
+
+@pytest.mark.parametrize("damage", ["file", "no file", "manifest", "no JSON", "no names", "other ranks"])
+def test_a_damaged_unfinished_pass_begins_anew(engine, damage: str, tmp_path: Path, caplog) -> None:
+    config = interrupted_pass(engine, tmp_path)
+    file, manifest = next(tmp_path.glob("after_*")), tmp_path / "progress.json"
+    kept = json.loads(manifest.read_text())
+    if damage == "file":
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    elif damage == "no file":
+        file.unlink()
+    elif damage == "manifest":
+        manifest.write_text("[]")
+    elif damage == "no JSON":
+        manifest.write_bytes(b"\x00" * 40)
+    elif damage == "no names":
+        manifest.write_text(json.dumps({**kept, "files": [{"sha256": "0"}]}))
+    else:
+        manifest.write_text(json.dumps({**kept, "files": kept["files"] * 2}))
+    with caplog.at_level("WARNING"):
+        found, seen = counted(engine, config, tmp_path)
+    assert seen == [2, 4, 6] and "begins anew" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+    assert all(torch.equal(a, b) for a, b in zip(found, counted(engine, config, tmp_path)[0], strict=True))
+
+
+def damage_one_rank(world: World, folder: str) -> list[int]:
+    batch, config = examples(8), FisherConfig(estimator="sampled", micro_batch_examples=2, save_every_batches=1)
+    engine, place = engine_of("hsmn", world, "deepspeed", 3), Path(folder)
+    with contextlib.suppress(Interrupted):
+        run_fisher(engine, stopping(dealt(batch, 2, world.rank, 2), 1), config, world, 8, resume_folder=place)
+    if world.rank == 1:
+        next(place.glob("after_*_rank_00001*")).write_bytes(b"")
+    seen: list[int] = []
+    run_fisher(engine, dealt(batch, 2, world.rank, 2), config, world, 8, lambda done, _: seen.append(done), place)
+    engine.close()
+    return seen
+
+
+def test_when_one_ranks_file_is_damaged_all_ranks_begin_anew(tmp_path: Path) -> None:
+    assert run_distributed(damage_one_rank, 2, str(tmp_path)) == [[4, 8], [4, 8]]
+
+
+def test_files_are_on_the_disk_before_the_manifest_names_them(engine, monkeypatch, tmp_path: Path) -> None:
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    interrupted_pass(engine, tmp_path)
+    shard = next(place for place, name in enumerate(flushed) if "after_00000001" in name)
+    assert shard < next(place for place, name in enumerate(flushed) if "progress.json" in name)
 
 
 def test_a_batch_without_numbers_is_refused(engine) -> None:
