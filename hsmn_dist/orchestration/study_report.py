@@ -122,7 +122,9 @@ def study_markdown(study: StudyConfig, lines: Sequence[VariantLine]) -> str:
     if ordered:
         best = min(ordered, key=lambda line: _mean(line.end_loss))
         text.append(f"Lowest end loss of the sequential methods: {best.variant} ({_spread(best.end_loss)}).")
-    text += [_default_sentence(ordered, reference), "![methods](study.png)"]
+    if any("ewc" in line.continual.method for line in lines):
+        text.append(_default_sentence(ordered, reference))
+    text.append("![methods](study.png)")
     return "\n\n".join(text) + "\n"
 
 

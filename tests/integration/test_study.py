@@ -30,6 +30,14 @@ TINY = {
     "variants": {
         "none": ["continual.method=none"],
         "ewc": ["continual.method=ewc"],
+        "l2": ["continual.method=l2", "continual.strength=1.0"],
+        "replay": ["continual.method=replay"],
+        "ewc+replay": [
+            "continual.method=ewc+replay",
+            "continual.application=proximal",
+            "continual.component_strength.encoder=2.0",
+            "curriculum.stages.1.strength=10.0",
+        ],
         "joint": ["continual.method=joint"],
     },
 }
@@ -58,11 +66,13 @@ def test_a_study_goes_on_where_it_was_cut_off_and_reports_every_method(tmp_path:
     assert first.status == 0, first.errors
     second = run_command("study", str(path), folder=tmp_path)
     assert second.status == 0, second.errors
-    assert len(list((tmp_path / "runs" / "tiny").glob("*/scorecard.json"))) == 3, "the finished run was run again"
+    assert len(list((tmp_path / "runs" / "tiny").glob("*/scorecard.json"))) == len(TINY["variants"]), "the finished run was run again"
     report = json.loads((tmp_path / "runs" / "tiny" / "study.json").read_text())
     assert [line["variant"] for line in report["variants"]] == list(TINY["variants"])
     by_name = {line["variant"]: line for line in report["variants"]}
     assert by_name["joint"]["forgetting"] is None
+    # Every method did something of its own to the later stages.
+    assert len({line["end_loss"][0] for line in report["variants"]}) == len(TINY["variants"])
     assert all(len(line["end_loss"]) == 1 for line in report["variants"])
     assert "the reference" in second.output
     assert (tmp_path / "runs" / "tiny" / "study.png").stat().st_size > 0
