@@ -12,20 +12,29 @@ EXAMPLE = "Examples: hsmn-dist verify latest;  hsmn-dist verify runs/RUN/stages/
 
 
 def command(
-    checkpoint: str = typer.Argument(help="Run id, its beginning or end, a path, `latest`, or a folder of weights."),
+    checkpoint: str = typer.Argument(
+        help="Run id, its beginning or end, a path, `latest`, or a folder of weights (also one of save_pretrained)."
+    ),
     stage: int | None = typer.Option(
         None, help="Stage whose weights are checked; the newest complete one when absent."
     ),
-    step: int | None = typer.Option(None, help="Optimizer step of the weights, for the pruning schedule."),
+    step: int | None = typer.Option(
+        None,
+        help="Optimizer step (from 0) behind which the weights were taken, for the pruning schedule; read from the export "
+        "when absent, and else the schedule's end.",
+    ),
     seed: int = typer.Option(0, help="Seed of the random tokens."),
     run_root: Path = typer.Option(Path("runs"), help="Folder of runs."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Run every invariant on a CPU and print a table; exit code 1 when one does not hold."""
     from hsmn_dist.models.verify import verify_model
-    from hsmn_dist.orchestration.trained_model import load_trained
+    from hsmn_dist.orchestration.trained_model import load_model
 
-    results = verify_model(load_trained(checkpoint, run_root, stage).model, step, seed)
+    model, num_steps = load_model(checkpoint, run_root, stage)
+    if step is None and num_steps:
+        step = num_steps - 1
+    results = verify_model(model, step, seed)
     if as_json:
         typer.echo(json.dumps([asdict(result) for result in results], indent=2))
     else:

@@ -51,7 +51,10 @@ def load_config(folder: Path) -> ModelConfig:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise _refusal(f"{folder} has no {CONFIG_NAME}", "a folder written by save_pretrained or by a run's export")
-    values: dict[str, Any] = dict(read_json(path))
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise _refusal(f"{path} holds a {type(stored).__name__}", "an object with the settings of ModelConfig")
+    values: dict[str, Any] = dict(stored)
     version = values.pop(VERSION_KEY, "unknown")
     try:
         return TypeAdapter(ModelConfig).validate_python(values)

@@ -21,6 +21,7 @@ from hsmn_dist.models.contract import LanguageModel
 Structure = Literal["unstructured", "2:4"]
 GROUP = 4
 KEPT_OF_GROUP = 2
+SPARSE_SIZE_STEP = 64
 
 
 def sparsity_at_step(config: PruningConfig, step: int) -> float:
@@ -130,20 +131,45 @@ def is_two_four(weight: Tensor) -> bool:
     return bool((zeros >= GROUP - KEPT_OF_GROUP).all())
 
 
+def move_to_sparse_kernels(model: LanguageModel) -> list[str]:
+    """Move a model to the GPU in bf16 and its 2:4 matrices onto the sparse tensor cores; see `use_sparse_kernels`."""
+    if torch.cuda.is_available():
+        model.to("cuda", torch.bfloat16)
+    return use_sparse_kernels(model)
+
+
 def use_sparse_kernels(model: LanguageModel) -> list[str]:
     """Turn the prunable 2:4 matrices of a model in half precision on a GPU into semi-structured sparse tensors.
 
     For inference only (the weights become constants). Returns the names converted; matrices whose sizes the kernels do not
     take stay dense.
+
+    Raises:
+        ModelError: a model that is not on a GPU in half precision, or without any matrix that the kernels take.
     """
-    converted = []
-    for name in model.prunable_parameters():
+    names = model.prunable_parameters()
+    found = {name: model.get_parameter(name) for name in names}
+    dense = next((p for p in found.values() if not p.is_cuda or p.dtype not in (torch.float16, torch.bfloat16)), None)
+    if dense is not None:
+        raise ModelError(
+            f"sparse kernels for weights of {dense.dtype} on {dense.device.type}",
+            allowed="float16 or bfloat16 on a GPU with sparse tensor cores (Ampere or newer)",
+            action="move the model there first, or go on without sparse kernels",
+        )
+    converted = [name for name, weight in found.items() if takes_sparse_kernels(weight)]
+    if not converted:
+        raise ModelError(
+            f"sparse kernels for a model with {len(names)} prunable matrices, none of which they take",
+            allowed=f"matrices in the 2:4 structure whose sizes are multiples of {SPARSE_SIZE_STEP}",
+            action="train with model.pruning.structure 2:4, or go on without sparse kernels",
+        )
+    for name in converted:
         path, leaf = name.rsplit(".", 1)
-        owner = model.get_submodule(path)
-        weight: Tensor = getattr(owner, leaf)
-        fits = weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)
-        if fits and is_two_four(weight) and all(size % 64 == 0 for size in weight.shape):
-            sparse = torch.sparse.to_sparse_semi_structured(weight.detach())
-            setattr(owner, leaf, nn.Parameter(sparse, requires_grad=False))
-            converted.append(name)
+        sparse = torch.sparse.to_sparse_semi_structured(found[name].detach())
+        setattr(model.get_submodule(path), leaf, nn.Parameter(sparse, requires_grad=False))
     return converted
+
+
+def takes_sparse_kernels(weight: Tensor) -> bool:
+    """True for a 2:4 matrix of sizes that the sparse tensor cores' kernels take."""
+    return is_two_four(weight) and all(size % SPARSE_SIZE_STEP == 0 for size in weight.shape)

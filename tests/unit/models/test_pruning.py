@@ -88,3 +88,37 @@ def test_sparsity_after_step_k_equals_the_schedule_for_the_aggregator_too():
 def test_impossible_sparsity_is_refused():
     with pytest.raises(ModelError, match=r"sparsity of 1\.5"):
         pruning.compute_mask(torch.ones(2, 2), 1.5)
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "2:4"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.17, 0.5])
+@pytest.mark.parametrize("shape", [(8, 8), (7, 13), (3, 2), (64, 33)])
+def test_expected_zeros_are_those_of_the_mask(shape, sparsity, structure):
+    mask = pruning.compute_mask(torch.randn(shape), sparsity, structure)
+    assert pruning.expected_zeros(shape, sparsity, structure) == int((~mask).sum())
+
+
+def test_sparse_kernels_are_refused_off_the_gpu_and_take_whole_tiles_of_two_of_four():
+    model = tiny_model()
+    with pytest.raises(ModelError, match="float64 on cpu") as error:
+        pruning.use_sparse_kernels(model)
+    assert error.value.allowed and error.value.action
+    assert all(not parameter.is_sparse for parameter in model.parameters())
+    weight = torch.randn(64, 128)
+    assert not pruning.takes_sparse_kernels(weight)
+    weight *= pruning.compute_mask(weight, 0.5, "2:4")
+    assert pruning.takes_sparse_kernels(weight) and not pruning.takes_sparse_kernels(weight[:, :96])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with sparse tensor cores")
+def test_sparse_kernels_compute_what_the_dense_matrix_computes():
+    model = tiny_model(d_model=64, d_compressed=64, d_aggregator=64, aggregator_rank=64, vocab_size=128)
+    for name in model.prunable_parameters():
+        weight = model.get_parameter(name).data
+        weight *= pruning.compute_mask(weight, 0.5, "2:4")
+    inputs = torch.randn(3, 64, device="cuda", dtype=torch.bfloat16)
+    model.to("cuda", torch.bfloat16)
+    with torch.no_grad():
+        dense = model.compressor(inputs)
+        assert pruning.use_sparse_kernels(model) == model.prunable_parameters()
+        torch.testing.assert_close(model.compressor(inputs), dense, rtol=2e-2, atol=2e-2)
