@@ -323,7 +323,9 @@ class StageTraining:
                 "last_validation_loss": result.last_loss,
                 "best_step": result.best_step,
                 "stopped_early": result.stopped_early,
+                "lost_best_step": result.lost_best_step,
                 "skipped_steps": result.num_skipped_steps,
+                "rollbacks": result.num_rollbacks,
                 "num_examples": result.num_examples,
                 "num_parameters": num_parameters,
             }

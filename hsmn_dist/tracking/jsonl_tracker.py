@@ -3,8 +3,8 @@
 Unusual: these files are the queue of every remote tracker (docs/decisions/0070). The training thread appends one line
 and goes on; an uploader reads the files at its own pace, so an outage of any length loses nothing and takes no memory.
 
-A point is named by (stage, metric, step) and exists once: a resumed stage cuts the file back to the steps that its
-checkpoint holds, and a repeated step is refused. Line format of `metrics.jsonl`:
+A point is named by (stage, metric, step) and exists once: a stage that is resumed, or goes back to a checkpoint, cuts the
+file back to the steps that the checkpoint holds, and a repeated step is refused. Line format of `metrics.jsonl`:
 `{"id": 12, "time": 1760000000.123, "stage": "00_math", "step": 5, "values": {"train/loss_nats": 1.25}}`; values that
 JSON cannot hold are the strings "nan", "inf" and "-inf". Ids rise and are never used twice in one file.
 """
@@ -140,6 +140,17 @@ class JsonlTracker:
             line = MetricLine(self._next_id, round(self._clock(), 3), self.stage, step, fresh)
             self._next_id += 1
             self._metrics.append(line.to_json())
+
+    def rewind(self, step: int) -> None:
+        """Cut this stage's points at `step` and beyond from the file, durably; they are logged again as they come."""
+        if self._is_finished:
+            return
+        self._metrics.close()
+        try:
+            next_id, self._last_step = _cut_back(self.metrics_path, self.stage, step)
+            self._next_id = max(self._next_id, next_id)
+        finally:
+            self._metrics = _LineFile(self.metrics_path)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """See Tracker."""

@@ -9,7 +9,8 @@ the server's history of that metric has no such step; a batch that is sent again
 timestamps, which MLflow's store takes as the same point; a run's tag counts the events that were applied.
 
 What it costs: after a restart the history of each metric is read back once (in the thread). What it does not do: delete
-points of a lost attempt from the server; where a resumed stage repeats a step, the first value stays there.
+points from the server, which has no way to; where a stage that was resumed or went back repeats a step that was sent, the
+first value stays there, and the file has the last one.
 
 MLflow itself is imported inside the thread: the import takes seconds.
 """
@@ -294,31 +295,39 @@ def _locked(path: Path | None) -> Iterator[None]:
 
 
 class _Tail:
-    """The complete lines that were added to a file since the last look; `commit` moves on, else they come again."""
+    """The complete lines that were added to a file since the last look; `commit` moves on, else they come again.
+
+    A file that was cut back behind what was read is read from its beginning again.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.number = 0
         self._offset = 0
-        self._ahead = (0, 0)
+        self._last = b""
+        self._ahead = (0, 0, b"")
+        self.was_cut = False
 
     def read(self, max_lines: int) -> list[bytes]:
         """At most `max_lines` further lines."""
-        self._ahead = (self._offset, self.number)
         lines: list[bytes] = []
         if self.path.is_file():
             with self.path.open("rb") as stream:
+                stream.seek(self._offset - len(self._last))
+                if stream.read(len(self._last)) != self._last:
+                    self._offset, self.number, self._last, self.was_cut = 0, 0, b"", True
                 stream.seek(self._offset)
                 for raw in stream:
                     if not raw.endswith(b"\n") or len(lines) == max_lines:
                         break
                     lines.append(raw)
-        self._ahead = (self._offset + sum(map(len, lines)), self.number + len(lines))
+        last = lines[-1] if lines else self._last
+        self._ahead = (self._offset + sum(map(len, lines)), self.number + len(lines), last)
         return lines
 
     def commit(self) -> None:
         """What was read is uploaded."""
-        self._offset, self.number = self._ahead
+        self._offset, self.number, self._last = self._ahead
 
 
 class FolderUploader:
@@ -342,6 +351,10 @@ class FolderUploader:
     def _upload_metrics(self) -> None:
         while raw_lines := self._metrics.read(_MAX_METRICS):
             self._check_cancelled()
+            if self._metrics.was_cut:  # what the server has of it is asked for anew
+                self._writer.forget()
+                self._writer.connect()
+                self._metrics.was_cut = False
             lines = []
             for number, raw in enumerate(raw_lines, self._metrics.number + 1):
                 try:

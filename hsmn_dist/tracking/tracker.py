@@ -33,6 +33,9 @@ class Tracker(Protocol):
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record numbers at `step`; names come from `metric_names`."""
 
+    def rewind(self, step: int) -> None:
+        """Forget this stage's numbers at `step` and beyond: training went back, and takes those steps again."""
+
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Keep a file or folder; `folder` is where it goes inside the run's artifacts."""
 
@@ -56,6 +59,9 @@ class NullTracker:
         """See Tracker."""
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """See Tracker."""
+
+    def rewind(self, step: int) -> None:
         """See Tracker."""
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
@@ -97,6 +103,10 @@ class InMemoryTracker:
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """See Tracker."""
         self.points.extend((name, step, float(value)) for name, value in values.items())
+
+    def rewind(self, step: int) -> None:
+        """See Tracker."""
+        self.points = [point for point in self.points if point[1] < step]
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """See Tracker."""
@@ -148,6 +158,10 @@ class CompositeTracker:
         """See Tracker."""
         self._each("log_metrics", values, step)
 
+    def rewind(self, step: int) -> None:
+        """See Tracker."""
+        self._each("rewind", step)
+
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """See Tracker."""
         self._each("log_artifact", path, folder)
@@ -188,6 +202,11 @@ class FencedTracker:
         """See Tracker."""
         self._check()
         self._tracker.log_metrics(values, step)
+
+    def rewind(self, step: int) -> None:
+        """See Tracker."""
+        self._check()
+        self._tracker.rewind(step)
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """See Tracker."""

@@ -91,6 +91,10 @@ class MetricSink(Protocol):
         """Record numbers at a step."""
         ...
 
+    def rewind(self, step: int) -> None:
+        """Forget the numbers at a step and beyond: it will be taken again."""
+        ...
+
 
 def _no_beat(step: int, loss: float | None, tokens_per_second: float | None) -> None:
     return None
@@ -146,6 +150,8 @@ class TrainResult:
         stopped_early: patience ran out before the last step.
         first_loss, best_loss, last_loss: validation losses in nats per token (before training, best, last).
         best_step: step of the best loss, whose weights the engine now holds.
+        lost_best_step: step of a better loss whose weights could not be had again; `best_step` and `best_loss` are then
+            those of the last step, as the engine's weights are. None where nothing was lost.
         validations: (step, loss) of each validation.
         num_tokens, num_examples: trained on, all ranks together.
         num_skipped_steps, num_rollbacks: see `training.on_non_finite`.
@@ -166,6 +172,7 @@ class TrainResult:
     seconds: float
     validations: list[tuple[int, float]] = field(default_factory=list)
     dead_memory_levels: list[str] = field(default_factory=list)
+    lost_best_step: int | None = None
 
 
 def train(parts: TrainParts) -> TrainResult:
@@ -335,6 +342,7 @@ class _Stage:
             return False
         before.num_skipped_steps, before.num_rollbacks = now.num_skipped_steps, now.num_rollbacks + 1
         self._state = before
+        parts.tracker.rewind(before.step)  # the steps since then were other ones than those that come
         if parts.mask is not None:
             parts.mask.read(self._engine.param_shards(with_gradients=False), before.step)
         return True
@@ -415,15 +423,24 @@ class _Stage:
             log.warning("memory levels that never learned in the last %d logged steps: %s", len(self._health), dead)
         self._parts.checkpointer.wait()
         assert state.best_loss is not None
+        best_loss, best_step, lost = state.best_loss, state.best_step, None
         if state.best_step != state.step and not self._parts.checkpointer.restore_best(self._engine, state):
-            log.warning("the weights of best step %d are gone; the last ones stay", state.best_step)
+            # What is reported is what is exported: a loss beside weights that never had it would be a wrong label.
+            (best_step, best_loss), lost = (state.step, state.validations[-1][1]), state.best_step
+            log.warning(
+                "the weights of best step %d (loss %g) are gone: those of step %d (loss %g) stay and are reported",
+                state.best_step,
+                state.best_loss,
+                best_step,
+                best_loss,
+            )
         return TrainResult(
             num_steps=state.step,
             stopped_early=state.step < self._parts.num_steps,
             first_loss=state.validations[0][1],
-            best_loss=state.best_loss,
+            best_loss=best_loss,
             last_loss=state.validations[-1][1],
-            best_step=state.best_step,
+            best_step=best_step,
             num_tokens=state.num_tokens,
             num_examples=state.num_examples,
             num_skipped_steps=state.num_skipped_steps,
@@ -431,6 +448,7 @@ class _Stage:
             seconds=time.monotonic() - self._started,
             validations=list(state.validations),
             dead_memory_levels=dead,
+            lost_best_step=lost,
         )
 
 

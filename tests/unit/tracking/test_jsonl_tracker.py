@@ -81,6 +81,32 @@ def test_a_point_that_exists_is_not_written_again(tmp_path):
     assert read_series(tmp_path / "metrics.jsonl") == {"x": [(4, 1.0)], "y": [(4, 3.0)]}
 
 
+def test_going_back_cuts_the_points_since_and_the_later_ones_take_their_place(tmp_path):
+    other = JsonlTracker(tmp_path, "01_b")
+    tracker = JsonlTracker(tmp_path, "00_a", None)
+    other.log_metrics({"train/loss_nats": 0.5}, 9)
+    for step in range(5):
+        tracker.log_metrics({"train/loss_nats": float(step)}, step)
+    tracker.rewind(3)
+    assert points_of(tmp_path / "metrics.jsonl", "00_a") == [("00_a", "train/loss_nats", step) for step in range(3)]
+    for step in (3, 4, 5):
+        tracker.log_metrics({"train/loss_nats": 10.0 + step}, step)
+    tracker.finish()
+    tracker.rewind(0)
+    lines = list(read_metric_lines(tmp_path / "metrics.jsonl"))
+    assert [(line.step, line.values["train/loss_nats"]) for line in lines if line.stage == "00_a"] == [
+        (0, 0.0),
+        (1, 1.0),
+        (2, 2.0),
+        (3, 13.0),
+        (4, 14.0),
+        (5, 15.0),
+    ]
+    assert [line.step for line in lines if line.stage == "01_b"] == [9]
+    own = [line.id for line in lines if line.stage == "00_a"]
+    assert own == sorted(set(own)) and own[3] > 4, "no id is used twice, those of the lost points neither"
+
+
 def test_first_step_none_keeps_the_file_and_still_refuses_repeats(tmp_path):
     JsonlTracker(tmp_path, "").log_metrics({"transfer/forgetting": 0.1}, 1)
     again = JsonlTracker(tmp_path, "", first_step=None)

@@ -129,6 +129,30 @@ def test_every_point_arrives_once_whatever_is_lost(connected, tmp_path, seed):
     assert Counter(point[1:3] for point in server.points) == Counter(expected)
 
 
+@pytest.mark.parametrize("seen", range(12))
+@pytest.mark.parametrize("back_to", [0, 3, 6])
+def test_points_of_steps_that_are_taken_again_arrive_once(connected, tmp_path, seen, back_to):
+    server = FlakyServer(seen, loss=0.2)
+    writer = connected(server)
+    tracker, uploader = JsonlTracker(tmp_path, "00_a"), FolderUploader(writer, tmp_path)
+    for step in range(12):
+        if step == 8:
+            tracker.rewind(back_to)
+            for again in range(back_to, 8):
+                tracker.log_metrics({"train/loss_nats": 100.0 + again, "train/learning_rate": 0.1}, again)
+        tracker.log_metrics({"train/loss_nats": float(step), "train/learning_rate": 0.1}, step)
+        if step == seen:
+            upload_until_done(writer, uploader)
+    tracker.finish()
+    upload_until_done(writer, uploader)
+    losses = {step: value for _, name, step, value in server.points if name == "train/loss_nats"}
+    assert Counter(point[1:3] for point in server.points) == Counter(
+        (name, step) for name in ("train/loss_nats", "train/learning_rate") for step in range(12)
+    )
+    for step in range(back_to, 8):  # what was sent before stays there, what was not is the later value
+        assert losses[step] == (step if step <= seen < 8 else 100.0 + step)
+
+
 def test_a_finish_is_applied_after_the_metrics_before_it(connected, tmp_path):
     server = FlakyServer(0, loss=0.0)
     tracker = JsonlTracker(tmp_path, "00_a")

@@ -42,6 +42,15 @@ def test_in_memory_tracker_keeps_everything_in_order():
     assert tracker.status == "failed", "the first finish decides"
 
 
+def test_going_back_reaches_every_tracker_behind_a_fence():
+    first, last = InMemoryTracker(), InMemoryTracker()
+    tracker = FencedTracker(CompositeTracker([first, NullTracker(), last]), lambda: None)
+    for step in range(4):
+        tracker.log_metrics({"train/loss_nats": float(step)}, step)
+    tracker.rewind(2)
+    assert first.series("train/loss_nats") == last.series("train/loss_nats") == [(0, 0.0), (1, 1.0)]
+
+
 def test_null_tracker_takes_every_call():
     use_everything(NullTracker())
 

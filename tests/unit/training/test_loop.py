@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,35 @@ def test_going_back_restores_the_checkpoint_and_leaves_out_the_batches_since(tmp
     # Steps 0 to 2 are in the checkpoint of step 3; batches 3 and 4 are lost; 5 onwards make steps 3 to 11.
     assert tiny.seen == list(range(14))
     assert result.num_examples == 12 * 8
+
+
+def test_the_numbers_of_steps_that_were_discarded_give_way_to_those_taken_again(tmp_path: Path) -> None:
+    tiny = stage(tmp_path, on_non_finite="rollback", log_every_steps=1)
+    tiny.num_distinct = 100
+    heard: list[tuple[int, float | None]] = []
+    train(tiny.parts(penalty=PoisonedPull({4}), on_step=lambda done, loss, _: heard.append((done - 1, loss))))
+    assert [step for step, _ in heard] == [0, 1, 2, 3, *range(3, 12)], "step 3 was taken twice"
+    assert heard[3][1] != heard[4][1]
+    assert tiny.tracker.series(names.TRAIN_LOSS) == [heard[i] for i in (0, 1, 2, *range(4, 13))]
+    assert [step for step, _ in tiny.tracker.series(names.VALIDATION_LOSS)] == [0, 3, 7, 11]
+
+
+def test_best_weights_that_are_gone_are_not_reported_as_those_that_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny = stage(tmp_path, num_steps=50, validate_every_steps=1, patience=3)
+
+    def lose_the_best(done: int, *_: object) -> None:
+        for path in tmp_path.rglob("best_*"):
+            if done == 5:
+                shutil.rmtree(path)
+
+    result = train(tiny.parts(learning_rate=lambda step: 0.02 if step < 2 else -0.02, on_step=lose_the_best))
+    assert result.lost_best_step == 2 and result.num_steps == 5
+    assert result.best_step == result.num_steps and result.best_loss == result.last_loss
+    assert "best step 2" in caplog.text and "those of step 5" in caplog.text
+    nll, num_tokens = tiny.engine.evaluate(next(iter(tiny.parts().validation_batches())))  # type: ignore[union-attr]
+    assert float(nll) / float(num_tokens) == pytest.approx(result.best_loss, abs=1e-6)
 
 
 def test_a_budget_bounds_the_skips(tmp_path: Path) -> None:
