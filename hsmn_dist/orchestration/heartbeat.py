@@ -57,7 +57,12 @@ class Heart:
     def __init__(self, folder: Path, rank: int, world_size: int = 0, attempt: str = "") -> None:
         self._path = folder / f"rank_{rank:05d}.json"
         self._rank = rank
-        self._group: dict[str, Any] = {"attempt": attempt, "group": JOINING, "world_size": world_size, "begun": time.time()}
+        self._group: dict[str, Any] = {
+            "attempt": attempt,
+            "group": JOINING,
+            "world_size": world_size,
+            "begun": time.time(),
+        }
         self._written = 0.0
         self._progress = time.time()
         place: dict[str, Any] = {"stage": "", "stage_index": 0, "phase": "", "step": 0, "num_steps": 0}
