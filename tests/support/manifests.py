@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,14 +36,84 @@ def documents(path: Path) -> list[dict[str, Any]]:
     return [document for document in yaml.safe_load_all(path.read_text(encoding="utf-8")) if document]
 
 
-def rendered(overlay: str) -> list[dict[str, Any]]:
-    """An overlay as `kubectl kustomize` renders it."""
-    command = [program("kubectl"), "kustomize", str(CLUSTER / "kuberay" / "overlays" / overlay)]
+def rendered(overlay: str, tree: Path = CLUSTER / "kuberay") -> list[dict[str, Any]]:
+    """An overlay ("gpu/job") as `kubectl kustomize` renders it; a copy of its own for every caller."""
+    return [document for document in yaml.safe_load_all(_rendered_text(tree / "overlays" / overlay)) if document]
+
+
+@functools.cache
+def _rendered_text(folder: Path) -> str:
+    command = [program("kubectl"), "kustomize", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    return [document for document in yaml.safe_load_all(result.stdout) if document]
+    return result.stdout
 
 
+def kind(documents_: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The one document of a kind."""
+    found = [document for document in documents_ if document["kind"] == name]
+    assert len(found) == 1, [document["kind"] for document in documents_]
+    return found[0]
+
+
+def cluster_spec(document: dict[str, Any]) -> dict[str, Any]:
+    """The cluster of a RayCluster or a RayJob."""
+    spec: dict[str, Any] = document["spec"].get("rayClusterSpec", document["spec"])
+    return spec
+
+
+def worker(document: dict[str, Any]) -> dict[str, Any]:
+    """The first worker group of a RayCluster or a RayJob."""
+    group: dict[str, Any] = cluster_spec(document)["workerGroupSpecs"][0]
+    return group
+
+
+def container(template: dict[str, Any]) -> dict[str, Any]:
+    """The first container of a pod template."""
+    first: dict[str, Any] = template["spec"]["containers"][0]
+    return first
+
+
+def variables(template: dict[str, Any]) -> dict[str, str]:
+    """The plain environment of a pod template's first container."""
+    return {entry["name"]: entry["value"] for entry in container(template)["env"] if "value" in entry}
+
+
+def gibibytes(quantity: str) -> float:
+    """A Kubernetes quantity of memory."""
+    units = {"Mi": 1 / 1024, "Gi": 1, "Ti": 1024}
+    return float(quantity[:-2]) * units[quantity[-2:]]
+
+
+def entrypoint_config(job: dict[str, Any]) -> tuple[Path, list[str]]:
+    """The configuration of this repository that a RayJob runs, and its `--set` texts."""
+    words = shlex.split(job["spec"]["entrypoint"])
+    path = next(word for word in words if word.endswith(".yaml"))
+    changes = [words[index + 1] for index, word in enumerate(words) if word == "--set"]
+    return ROOT / Path(path).relative_to("/home/hsmn"), changes
+
+
+VARIABLE = re.compile(r"(# )?([A-Z][A-Za-z_]*)=\S")
+
+
+def live_variables(*names: str) -> dict[str, str]:
+    """What sourcing some files of cluster/ sets."""
+    lines = [line for name in names for line in (CLUSTER / name).read_text(encoding="utf-8").splitlines()]
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
+def without_reason(text: str) -> list[str]:
+    """Variables of an environment file, commented-out ones too, that have no comment in words directly above."""
+    lines = text.splitlines()
+    found = []
+    for index, line in enumerate(lines):
+        above = lines[index - 1] if index else ""
+        if VARIABLE.match(line) and (not above.startswith("# ") or above.startswith("# ---") or VARIABLE.match(above)):
+            found.append(line)
+    return found
+
+
+@functools.cache
 def ray_schemas() -> tuple[Any, dict[Any, Any]]:
     """The strict validator and the CRD schemas; skips where they are not at hand."""
     if not VALIDATOR.is_file() or not SCHEMAS.is_dir():
@@ -67,6 +140,8 @@ def ray_errors(document: dict[str, Any], schemas: tuple[Any, dict[Any, Any]]) ->
             errors.append(f"submissionMode {spec['submissionMode']}")
         if not spec.get("rayClusterSpec") and not spec.get("clusterSelector"):
             errors.append("neither rayClusterSpec nor clusterSelector")
+        if not spec.get("entrypoint"):
+            errors.append("no entrypoint")
         if spec.get("clusterSelector") and spec.get("shutdownAfterJobFinishes"):
             errors.append("shutdownAfterJobFinishes with clusterSelector")
     cluster = spec.get("rayClusterSpec", spec)
