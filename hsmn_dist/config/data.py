@@ -111,7 +111,7 @@ class DataConfig(Section):
     )
     cache_folder: str = Field(
         "",
-        description="Folder for shards fetched from URLs; empty: `hsmn_dist-shards` in the system's temporary folder.",
+        description="Folder for shards fetched from URLs; empty: one of this user's own in the system's temporary folder.",
     )
     cache_bytes: int = Field(
         16 * 2**30, ge=2**20, description="Size to which the cache of fetched shards is cut back, on each machine."

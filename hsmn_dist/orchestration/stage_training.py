@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -204,10 +204,10 @@ class StageTraining:
         folders = self._context.prepared["folders"]
         return [StreamSource(Path(folders[dataset.key]), dataset.weight) for dataset in stage.datasets]
 
-    def _open_stream(self, cursor: dict[str, Any] | None) -> StreamLoader:
-        config, world = self._config, self._context.world
+    def _stream_settings(self) -> StreamSettings:
+        config = self._config
         earlier = self._stages[: self._spec.index] if config.continual.method in REPLAYING else ()
-        settings = StreamSettings.from_config(
+        return StreamSettings.from_config(
             config.data,
             global_batch_examples=config.training.global_batch_examples,
             micro_batch_examples=config.training.micro_batch_examples,
@@ -215,6 +215,10 @@ class StageTraining:
             replay=[source for stage in earlier for source in self._sources(stage)],
             replay_fraction=config.continual.replay_fraction,
         )
+
+    def _open_stream(self, cursor: dict[str, Any] | None) -> StreamLoader:
+        config, world = self._config, self._context.world
+        settings = self._stream_settings()
         start = None if cursor is None else Cursor.from_json(cursor)
         place = data_place(config.training, world)
         return build_loader(self._sources(self._stage), "train", settings, *place, start)
@@ -223,10 +227,12 @@ class StageTraining:
         self, split: str, micro_batch: int, num_examples: int, seed: int | None, place: tuple[int, int]
     ) -> Iterator[Batch]:
         """`num_examples` of a split, an equal part from each dataset of the stage, for rank `place[0]` of `place[1]`."""
-        sources = self._sources(self._stage)
+        sources, settings = self._sources(self._stage), self._stream_settings()
         share = -(-num_examples // len(sources))
         for source in sources:
-            yield from iter_split(source.folder, split, micro_batch, *place, share, shuffle_seed=seed)
+            yield from iter_split(
+                source.folder, split, micro_batch, *place, share, shuffle_seed=seed, settings=settings
+            )
 
     def _validation_batches(self) -> Iterator[Batch]:
         training = self._config.training
@@ -282,7 +288,7 @@ class StageTraining:
         sources = self._sources(self._stage)
         share = -(-self._config.continual.fisher.num_fisher_examples // len(sources))
         for source in sources:
-            reader = open_split(source.folder, "train")
+            reader = open_split(source.folder, "train", self._stream_settings())
             yield min(len(reader), share)
             reader.close()
 

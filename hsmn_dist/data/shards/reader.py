@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,14 @@ import numpy as np
 
 from hsmn_dist.data.example import Example
 from hsmn_dist.data.shards.index import ShardEntry, ShardIndex, load_index, load_samples
-from hsmn_dist.data.shards.remote import FetchFailed, RemoteFiles, folder_name, is_url
+from hsmn_dist.data.shards.remote import (
+    FetchFailed,
+    RemoteFiles,
+    folder_name,
+    is_url,
+    own_cache_folder,
+    require_known_scheme,
+)
 from hsmn_dist.data.shards.tar_layout import (
     BLOCK_BYTES,
     COUNT_BYTES,
@@ -250,7 +256,8 @@ def read_index(folder: Path | str, cache_folder: str = "", cache_bytes: int = CA
 
 def remote_files(folder: Path | str, cache_folder: str = "", cache_bytes: int = CACHE_BYTES) -> RemoteFiles:
     """The files of a folder at a URL, through the machine's cache."""
-    cache = Path(cache_folder) if cache_folder else Path(tempfile.gettempdir()) / "hsmn_dist-shards"
+    require_known_scheme(folder_name(folder))
+    cache = Path(cache_folder) if cache_folder else own_cache_folder()
     return RemoteFiles(folder_name(folder), cache, cache_bytes)
 
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import re
+import stat
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -76,6 +79,34 @@ def require_known_scheme(url: str) -> None:
             allowed="a local folder, or a URL of " + ", ".join(f"{name}://" for name in SCHEMES),
             action="correct the folder; commands and chained URLs are never opened",
         )
+
+
+def own_cache_folder() -> Path:
+    """The cache where the configuration names none: a folder of this user's alone in the system's temporary folder.
+
+    Anybody can guess the name and make it first, and whoever owns it could exchange its files behind their check.
+
+    Raises:
+        DataError: there is something of that name that is no folder, belongs to another user, or that others may write.
+    """
+    folder = Path(tempfile.gettempdir()) / f"hsmn_dist-shards-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    problem = ""
+    if not stat.S_ISDIR(status.st_mode):
+        problem = "is no folder"
+    elif status.st_uid != os.getuid():
+        problem = f"belongs to user {status.st_uid}"
+    elif status.st_mode & 0o022:
+        problem = f"may be written by others (mode {stat.S_IMODE(status.st_mode):04o})"
+    if problem:
+        raise DataError(
+            f"{folder}, the cache of fetched shards, {problem}",
+            allowed="a folder of this user's own, mode 0700",
+            action="set data.cache_folder to another one, or remove this one",
+        )
+    return folder
 
 
 class RemoteFiles:

@@ -298,14 +298,15 @@ def iter_split(
     limit: int | None = None,
     *,
     shuffle_seed: int | None = None,
+    settings: StreamSettings | None = None,
 ) -> Iterator[Batch]:
     """The first `limit` examples of a split (None or 0: all), dealt to the ranks in blocks of one micro-batch.
 
     Every rank gets the same number of batches of the same number of rows; rows beyond the last example have an all-False
     loss mask and example_index -1. With `shuffle_seed` the examples are the first of that shuffle instead, which matters
-    where a dataset is sorted by subject. Damaged samples raise.
+    where a dataset is sorted by subject. `settings` name the cache of folders at URLs. Damaged samples raise.
     """
-    reader = open_split(folder, split)
+    reader = open_split(folder, split, settings)
     try:
         total = min(len(reader), limit) if limit else len(reader)
         order = permutation(len(reader), shuffle_seed) if shuffle_seed is not None else np.arange(total)

@@ -5,6 +5,7 @@ The original measured the Fisher on the split that it also stopped early by.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from hsmn_dist.config.run import RunConfig
+from hsmn_dist.data.stream.plan import StreamSettings
 from hsmn_dist.distributed.world import World
 from hsmn_dist.orchestration import stage_training
 from hsmn_dist.orchestration.run_folder import StageFolder
@@ -23,6 +25,7 @@ CONFIG = RunConfig.model_validate(
         "name": "splits",
         "model": {"family": "hsmn"},
         "training": {"engine": "local"},
+        "data": {"cache_folder": "/our/cache"},
         "curriculum": {"stages": [{"name": "one", "datasets": [{"name": "passkey", "label": "short"}]}]},
     }
 )
@@ -32,9 +35,13 @@ CONFIG = RunConfig.model_validate(
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """(what was opened, split), in order."""
     calls: list[tuple[str, str]] = []
-    monkeypatch.setattr(
-        stage_training, "iter_split", lambda folder, split, *a, **k: calls.append((folder.name, split)) or iter(())
-    )
+
+    def iter_split(folder: Path, split: str, *_: Any, settings: StreamSettings, **__: Any) -> Iterator[Any]:
+        assert settings.cache_folder == "/our/cache", "folders at URLs go through the configured cache"
+        calls.append((folder.name, split))
+        return iter(())
+
+    monkeypatch.setattr(stage_training, "iter_split", iter_split)
     monkeypatch.setattr(
         stage_training, "build_loader", lambda sources, split, *a: calls.append((sources[0].folder.name, split))
     )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import http.server
+import os
 import shutil
+import stat
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,8 +18,8 @@ import pytest
 
 from hsmn_dist.data.shards import remote as remote_module
 from hsmn_dist.data.shards.reader import DamagedSample, SplitReader, open_folder, read_examples
-from hsmn_dist.data.shards.remote import FetchFailed, RemoteFiles, Retry, folder_name, is_url
-from hsmn_dist.data.stream.loader import build_loader
+from hsmn_dist.data.shards.remote import FetchFailed, RemoteFiles, Retry, folder_name, is_url, own_cache_folder
+from hsmn_dist.data.stream.loader import build_loader, iter_split
 from hsmn_dist.data.stream.plan import StreamSettings, StreamSource
 from hsmn_dist.foundation.errors import DataError
 from tests.support.shards import write_folder
@@ -190,6 +193,48 @@ def test_a_url_that_does_not_exist_is_a_data_error(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(remote_module.Retry, "wait_seconds", lambda self, attempt: 0.0)
     with pytest.raises(DataError, match=r"index\.json"):
         open_folder(f"file://{tmp_path}/absent", "train", str(tmp_path / "cache"))
+
+
+def test_the_default_cache_is_a_folder_of_this_user_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    own = own_cache_folder()
+    assert own.parent == tmp_path and stat.S_IMODE(own.stat().st_mode) == 0o700
+    assert len(open_folder(f"file://{folder}", "train")) > 0 and own_cache_folder() == own
+    assert [path.name for path in own.iterdir()], "what was fetched lies there"
+
+
+def test_a_default_cache_that_somebody_else_made_first_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    name = f"hsmn_dist-shards-{os.getuid()}"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="is no folder"):
+        open_folder(f"file://{folder}", "train")
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    (tmp_path / name).chmod(0o777)
+    with pytest.raises(DataError, match=r"written by others \(mode 0777\)"):
+        open_folder(f"file://{folder}", "train")
+    (tmp_path / name).chmod(0o700)
+    real = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: real + 1)
+    (tmp_path / name).rename(tmp_path / f"hsmn_dist-shards-{real + 1}")
+    with pytest.raises(DataError, match=f"belongs to user {real}"):
+        open_folder(f"file://{folder}", "train")
+    assert len(open_folder(f"file://{folder}", "train", str(tmp_path / "cache"))) > 0
+
+
+def test_a_split_is_read_through_the_configured_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    settings = StreamSettings(8, 4, seed=3, cache_folder=str(tmp_path / "cache"))
+    assert list(iter_split(f"file://{folder}", "train", 4, settings=settings))
+    assert list((tmp_path / "cache").rglob("*.tar"))
 
 
 def test_paths_are_not_urls(folder: Path) -> None:
