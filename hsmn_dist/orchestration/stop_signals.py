@@ -50,6 +50,7 @@ class StopSignals:
         self._grace_seconds = grace_seconds
         self._is_asked = False
         self._is_held = False
+        self._is_ending = False
         self._has_raised = False
         self._over = threading.Event()
         self._before: dict[signal.Signals, Any] = {}
@@ -69,8 +70,8 @@ class StopSignals:
             self._folder.stop_request.unlink(missing_ok=True)
 
     def hold(self) -> None:
-        """From now on a signal interrupts nothing."""
-        self._is_held = True
+        """From now on a signal interrupts nothing: the end is being written down."""
+        self._is_held = self._is_ending = True
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -82,7 +83,7 @@ class StopSignals:
             self._is_held = False
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._is_asked and number == signal.SIGINT:
+        if self._is_asked and number == signal.SIGINT and not self._is_ending:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait for a checkpoint
         if not self._is_asked:
             self._is_asked = True

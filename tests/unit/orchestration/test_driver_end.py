@@ -225,6 +225,21 @@ def test_a_second_interrupt_does_not_wait_for_a_checkpoint(run: Run) -> None:
     assert names(run)[-1] == "run_preempted"
 
 
+def test_interrupts_while_the_end_is_written_down_change_nothing(run: Run) -> None:
+    class Interrupted(ScriptedLauncher):
+        def stop(self) -> None:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(StageFailed, match="a loss"):
+        run_curriculum(run, Interrupted(lambda: fail("a loss")), nothing, nothing)
+    assert names(run)[-1] == "run_failed"
+
+
+def fail(found: str) -> None:
+    raise StageFailed(found, kind="non_finite")
+
+
 def test_a_full_disk_in_the_driver_is_journalled_and_told_in_three_parts(run: Run) -> None:
     def full(_: Run) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
