@@ -105,9 +105,8 @@ def run_curriculum(
     """
     folder = run.folder
     check_attempt(folder, run.attempt)
-    folder.stop_request.unlink(
-        missing_ok=True
-    )  # once, before the handlers: what comes after them is meant for this driver
+    # Once, and before the handlers: a request that comes after them is meant for this driver.
+    folder.stop_request.unlink(missing_ok=True)
     with StopSignals(folder, run.attempt, launcher.stop, run.config.cluster.grace_seconds) as signals:
         try:
             try:

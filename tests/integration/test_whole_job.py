@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
-from hsmn_dist.orchestration.heartbeat import Beat, has_ended, read_beats
+from hsmn_dist.cli.drive import drive
+from hsmn_dist.config.load import load_run_config
+from hsmn_dist.foundation.errors import Preempted
+from hsmn_dist.foundation.files import read_json
+from hsmn_dist.orchestration.curriculum import Run, create_run, reopen_run
+from hsmn_dist.orchestration.heartbeat import Beat, Heart, has_ended, read_beats
 from hsmn_dist.orchestration.journal import read_events, run_status
 from hsmn_dist.orchestration.launcher import descendants
 from hsmn_dist.orchestration.run_folder import RunFolder
@@ -184,6 +195,156 @@ def test_a_terminated_run_leaves_with_code_75_and_resumes(workplace: Path, local
     assert process.returncode == 75, errors.decode()
     assert run_status(read_events(only_run(root).journal)) == "preempted"
     assert final_weights(resume(workplace, root)) == final_weights(local_run)
+
+
+Strike = Callable[[dict[str, Any]], bool]
+
+
+def once_in(phase: str, step: int) -> Strike:
+    """True at the first beat of a phase that has come to `step`."""
+    return lambda fields: fields["phase"] == phase and fields["step"] >= step
+
+
+PLACES: dict[str, Strike] = {
+    "baseline": once_in("baseline", 0),
+    "train": once_in("train", 5),
+    "fisher": once_in("fisher", 4),
+    "evaluate": once_in("evaluate", 0),
+}
+
+
+def inline(run: Run) -> None:
+    drive(run, "inline", quiet=True, prints=False)
+
+
+@pytest.fixture(scope="session")
+def inline_config(workplace: Path) -> Path:
+    place = workplace / "inline"
+    place.mkdir()
+    return one_stage(place, *BYTES, "training.engine=local", "cluster.ranks_per_node=1", "training.max_steps=7")
+
+
+@pytest.fixture(scope="session")
+def inline_run(inline_config: Path) -> RunFolder:
+    """The undisturbed run of one rank in this process."""
+    run = create_run(load_run_config(inline_config, [f"run_root={inline_config.parent / 'undisturbed'}"]))
+    inline(run)
+    return run.folder
+
+
+def tensors_of(path: Path) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in load_file(path).items()}
+
+
+def check_same(folder: RunFolder, undisturbed: RunFolder) -> None:
+    """Weights, Fisher, losses and scores, bit for bit."""
+    assert final_weights(folder) == final_weights(undisturbed)
+    assert losses(folder) == losses(undisturbed)
+    stores = [item.stage(0, "word_problems").ewc for item in (folder, undisturbed)]
+    tensors = [tensors_of(next(store.glob("*.safetensors"))) for store in stores]
+    assert tensors[0] and tensors[0] == tensors[1]
+    results, others = (read_json(item.stage(0, "word_problems").results)["tasks"] for item in (folder, undisturbed))
+    assert results == others
+
+
+def leave(run: Run) -> float:
+    """Drive a run that is about to be told to go; the seconds it took."""
+    started = time.monotonic()
+    with pytest.raises(Preempted) as left:
+        inline(run)
+    assert left.value.exit_code == 75
+    events = [event["event"] for event in read_events(run.folder.journal)]
+    assert events[-1] == "run_preempted" and "retried" not in events
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_term_in_any_phase_leaves_with_75_and_resumes_to_the_undisturbed_bits(
+    place: str, inline_config: Path, inline_run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, struck = Heart.beat, list[float]()
+
+    def beat(self: Heart, force: bool = False, **fields: Any) -> None:
+        first(self, force, **fields)
+        if not struck and PLACES[place](self._fields):
+            struck.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    root = inline_config.parent / place
+    run = create_run(load_run_config(inline_config, [f"run_root={root}"]))
+    with monkeypatch.context() as patched:
+        patched.setattr(Heart, "beat", beat)
+        leave(run)
+    assert struck and time.monotonic() - struck[0] < run.config.cluster.grace_seconds
+    kept = {path.name for path in run.folder.stage(0, "word_problems").checkpoints.glob("step_*")}
+    if place == "train":  # checkpoints are due every 3 steps: this one was written because of the signal
+        assert "step_00000005" in kept and "step_00000006" not in kept
+    inline(reopen_run(run.folder))
+    check_same(run.folder, inline_run)
+
+
+def test_term_in_the_preparation_leaves_with_75_and_resumes_to_the_undisturbed_bits(
+    inline_config: Path, inline_run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strike(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    run = create_run(load_run_config(inline_config, [f"run_root={inline_config.parent / 'preparation'}"]))
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "hsmn_dist.cli.drive.terminal_progress", lambda: contextlib.nullcontext(SimpleNamespace(update=strike))
+        )
+        leave(run)
+    assert not run.folder.prepared.exists()
+    inline(reopen_run(run.folder))
+    check_same(run.folder, inline_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["baseline", "fisher", "evaluate"])
+def test_two_ranks_told_to_go_outside_the_training_leave_with_75_and_resume(
+    phase: str, workplace: Path, local_run: RunFolder
+) -> None:
+    process, root = start_run(workplace, f"told_in_{phase}"), workplace / f"told_in_{phase}"
+
+    def is_there() -> bool:
+        beats = [beat for folder in root.glob("*/heartbeats") for beat in read_beats(folder)]
+        return any(beat.phase == phase for beat in beats)
+
+    try:
+        wait_for(is_there, 200, phase)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=100)
+    finally:
+        kill_everything(process)
+    assert process.returncode == 75, errors.decode()
+    events = [event["event"] for event in read_events(only_run(root).journal)]
+    assert events[-1] == "run_preempted" and "retried" not in events
+    assert final_weights(resume(workplace, root)) == final_weights(local_run)
+
+
+@pytest.mark.slow
+def test_a_rank_of_a_bare_shell_leaves_with_75_and_is_not_stopped_by_what_was_left_behind(
+    inline_config: Path, inline_run: RunFolder
+) -> None:
+    """`hsmn-dist stage` without a driver: the request that ended an earlier try does not end this one."""
+    run = create_run(load_run_config(inline_config, [f"run_root={inline_config.parent / 'bare'}"]))
+    shutil.copyfile(inline_run.prepared, run.folder.prepared)
+    run.folder.stop_request.touch()
+    words = command_line("stage", "--run-folder", str(run.folder.path))
+    process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: run.folder.stage(0, "word_problems").metrics.is_file(), 60, "the first step")
+        assert not run.folder.stop_request.exists()
+        run.folder.stop_request.touch()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        kill_everything(process)
+    assert process.returncode == 75, errors.decode()
+    again = subprocess.run(words, env=environment(), capture_output=True, timeout=100, check=False)
+    assert again.returncode == 0, again.stderr.decode()
+    assert run.folder.stage(0, "word_problems").is_complete
+    assert final_weights(run.folder) == final_weights(inline_run)
 
 
 def test_shards_at_a_url_train_to_the_scorecard_of_the_local_ones(workplace: Path) -> None:
