@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -20,7 +21,11 @@ def command(
     estimator: str = typer.Option(
         "logit_reversal", help="sampled, empirical, logit_reversal, sampled_sum, signed_sum, microbatch."
     ),
-    num_examples: int = typer.Option(2048, min=1, help="Examples of the training split."),
+    num_examples: int = typer.Option(2048, min=1, help="Examples of the split."),
+    split: str = typer.Option("train", help="Split of the prepared folder."),
+    micro_batch: int = typer.Option(8, min=1, help="Examples per backward pass."),
+    num_groups: int = typer.Option(64, min=1, help="Groups of sampled_sum and signed_sum."),
+    reduction: str = typer.Option("mean", help="An example's loss is the mean or the sum over its target tokens."),
     seed: int = typer.Option(0, help="Seed of sampled labels and of the choice of examples."),
     name: str = typer.Option("pretrained", help="Name of the task in the store."),
     stage: int | None = typer.Option(None, help="Stage whose weights are used; the newest complete one when absent."),
@@ -35,21 +40,35 @@ def command(
     known = ("sampled", "empirical", "logit_reversal", "sampled_sum", "signed_sum", "microbatch")
     if estimator not in known:
         raise ConfigError(f"--estimator {estimator!r}", allowed=", ".join(known), action="choose one of them")
-    config = FisherConfig.model_validate({"estimator": estimator, "num_fisher_examples": num_examples, "seed": seed})
-    model = load_trained(checkpoint, run_root, stage).model
+    if reduction not in ("mean", "sum"):
+        raise ConfigError(f"--reduction {reduction!r}", allowed="mean, sum", action="choose one of them")
+    config = FisherConfig.model_validate(
+        {
+            "estimator": estimator,
+            "num_fisher_examples": num_examples,
+            "micro_batch_examples": micro_batch,
+            "num_groups": num_groups,
+            "example_reduction": reduction,
+            "seed": seed,
+        }
+    )
+    trained = load_trained(checkpoint, run_root, stage)
+    measure = functools.partial(
+        save_fisher_of_weights,
+        trained.model,
+        data,
+        config,
+        out,
+        name=name,
+        split=split,
+        tokenizer_digest=trained.tokenizer.digest,
+    )
     if not sys.stderr.isatty():
-        facts = save_fisher_of_weights(model, data, config, out, name=name)
+        facts = measure()
     else:
         from rich.progress import Progress
 
         with Progress() as bars:
             task = bars.add_task("Fisher", total=None)
-            facts = save_fisher_of_weights(
-                model,
-                data,
-                config,
-                out,
-                name=name,
-                progress=lambda done, total: bars.update(task, completed=done, total=total),
-            )
+            facts = measure(progress=lambda done, total: bars.update(task, completed=done, total=total))
     typer.echo(json.dumps(dict(facts), indent=2, default=str))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hsmn_dist.continual.gradient_rules import Dense, Outer, Rule, rule_of
+from hsmn_dist.continual.gradient_rules import Dense, Outer, Rule, is_rms_norm, rms_norm_of_others, rule_of
 from hsmn_dist.continual.square_sums import Use
 from hsmn_dist.models.example_rows import current_rows, listening
 
@@ -45,6 +45,7 @@ class _Pass:
     counts: dict[str, int] = field(default_factory=dict)
     uses: dict[str, list[Use]] = field(default_factory=dict)
     is_recording: bool = True
+    has_broadcast: bool = False
 
     def add(self, name: str, use: Use) -> None:
         """File a use that fired; the last one of a parameter finishes it."""
@@ -78,7 +79,16 @@ class ExampleGradients:
     Use: `with taps.installed(): taps.run(loss_of, num_examples, finished)`.
     """
 
-    def __init__(self, module: nn.Module, wanted: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, module: nn.Module, wanted: Mapping[str, nn.Parameter], expands_single_rows: bool = False
+    ) -> None:
+        """`expands_single_rows` gives an output of one row that all examples share (position embeddings of [1, T] ids) to
+        each example as a row of its own. Only for callers who compare with another way: a model may do with that row
+        what it would not do with many.
+        """
+        self._expands_single_rows = expands_single_rows
+        self._is_sharded = any(hasattr(parameter, "to_local") for parameter in wanted.values())
+        self._verified: set[int] = set()
         self._names = {id(parameter): name for name, parameter in wanted.items()}
         self._pass: _Pass | None = None
         self._ruled: list[tuple[nn.Module, Rule, dict[str, str]]] = []
@@ -132,7 +142,7 @@ class ExampleGradients:
         self._dummy = torch.zeros((), requires_grad=True)
         try:
             with torch.enable_grad():
-                loss = loss_of()
+                loss = self._loss(loss_of, current)
             current.is_recording = False
             if self.uncovered():
                 raise Uncovered(", ".join(sorted(self.uncovered())))
@@ -143,12 +153,29 @@ class ExampleGradients:
         finally:
             self._pass = None
 
+    def _loss(self, loss_of: Callable[[], Tensor], current: _Pass) -> Tensor:
+        try:
+            return loss_of()
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
+            if not current.has_broadcast:
+                raise
+            raise UnknownRowsError(f"a row that all examples share cannot be one row for each: {error}") from error
+
     def _hook(self, rule: Rule, own: dict[str, str]) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             current = self._pass
             if current is None or not torch.is_grad_enabled():
                 return None
             saved = args[0] if args else next(iter(kwargs.values()))
+            if rule is rms_norm_of_others and id(module) not in self._verified:
+                if not is_rms_norm(module, saved, output):
+                    raise Uncovered(", ".join(own.values()))
+                self._verified.add(id(module))
+            if self._is_shared_row(current, saved, output):
+                current.has_broadcast = True
+                saved, output = (x.expand(current.num_examples, *x.shape[1:]) for x in (saved, output))
             owners = self._owners(current, saved, type(module).__name__)
 
             def fire(x: Tensor, gradient: Tensor) -> None:
@@ -181,6 +208,9 @@ class ExampleGradients:
         """See `example_rows.Listener`."""
         output = functional.linear(x, weight)
         name, current = self._names.get(id(weight)), self._pass
+        if name is None and current is not None and self._is_sharded and weight.requires_grad:
+            # While a module runs, FSDP puts another tensor in its parameter's place.
+            raise Uncovered(f"a sharded weight {tuple(weight.shape)} used by tied_linear")
         if name is None or current is None or not torch.is_grad_enabled():
             return output
         owners = self._owners(current, x, f"tied_linear({name})")
@@ -196,6 +226,11 @@ class ExampleGradients:
         if current.is_recording:
             for name in names:
                 current.counts[name] = current.counts.get(name, 0) + 1
+
+    def _is_shared_row(self, current: _Pass, saved: Tensor, output: Tensor) -> bool:
+        """One row, broadcast over the examples later: there its gradient is a sum over examples, of no use for squares."""
+        is_one = saved.dim() > 1 and saved.shape[0] == 1 and output.shape[:1] == (1,)
+        return is_one and self._expands_single_rows and current.num_examples > 1 and current_rows() is None
 
     def _owners(self, current: _Pass, saved: Tensor, what: str) -> Tensor | None:
         owners = current_rows()

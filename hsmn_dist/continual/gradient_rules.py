@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,12 +47,20 @@ Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Contribution]]
 
 def rule_of(module: nn.Module) -> Rule | None:
     """The rule for the parameters that `module` itself holds, or None."""
-    kind = type(module)
+    kind = _written_kind(type(module))
     if kind is nn.Embedding and not _is_plain_embedding(module):
         return None
     if kind in _RULES:
         return _RULES[kind]
+    if _looks_like_rms_norm(module):
+        return rms_norm_of_others
     return _transposed_linear if kind.__name__ == "Conv1D" and _is_transposed_linear(module) else None
+
+
+def _written_kind(kind: type[nn.Module]) -> type[nn.Module]:
+    """A module's class as it was written; `fully_shard` derives one from it that changes nothing but when weights are there."""
+    bases = kind.__bases__
+    return bases[1] if len(bases) == 2 and bases[0].__name__ == "FSDPModule" else kind
 
 
 def _linear(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Contribution]:
@@ -81,6 +90,24 @@ def _rms_norm(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Contribution
     return {"weight": Dense(_row_sums(normal.mul_(g), len(shape)))}
 
 
+def rms_norm_of_others(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Contribution]:
+    """RMSNorm as libraries write it for themselves (Llama's and its kin); `is_rms_norm` has to hold for the module."""
+    normal = functional.rms_norm(x.float() if x.dtype in _HALF else x, x.shape[-1:], None, _epsilon(module))
+    return {"weight": Dense(_row_sums(normal.mul_(g), 1))}
+
+
+def is_rms_norm(module: nn.Module, x: Tensor, output: Tensor) -> bool:
+    """Whether a module that only looks like an RMSNorm gave what one gives: x / rms(x) times weight, or times 1 + weight."""
+    weight: Any = module.get_parameter("weight").detach()
+    weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    if weight.shape != x.shape[-1:] or output.shape != x.shape:
+        return False
+    normal = functional.rms_norm(x.detach().float(), x.shape[-1:], None, _epsilon(module))
+    found, tolerance = output.detach().float(), 3e-2 if output.dtype in _HALF else 1e-4
+    bound = tolerance * (1e-6 + found.abs().max()) if found.numel() else 0.0
+    return any(bool(((normal * scale - found).abs() <= bound).all()) for scale in (weight.float(), 1 + weight.float()))
+
+
 _HALF = (torch.float16, torch.bfloat16)
 _RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: _linear,
@@ -105,3 +132,14 @@ def _is_transposed_linear(module: nn.Module) -> bool:
     """Hugging Face's Conv1D, y = x W + b with W [in, out], without importing transformers to recognise it."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, nn.Parameter) and weight.dim() == 2 and isinstance(getattr(module, "nf", None), int)
+
+
+def _looks_like_rms_norm(module: nn.Module) -> bool:
+    parts = dict(module.named_parameters(remove_duplicate=False))
+    has_more = any(True for _ in module.children()) or any(True for _ in module.buffers())
+    return list(parts) == ["weight"] and parts["weight"].dim() == 1 and not has_more and _epsilon(module) is not None
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return found if isinstance(found, float) else None

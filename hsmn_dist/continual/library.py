@@ -9,15 +9,16 @@
         ewc.learn_task(task_batches, loss_of)  # Fisher of the weights as they are now, merged into two buffers
 
 `loss_of(model, batch)` gives the negative log-likelihood of each example, [rows]; a batch is a dict of tensors whose first
-dimension is the example. `DTensor`s cut along dimension 0 (FSDP2) have their local pieces penalised; that part was written from
-the interface and is held by no test yet.
+dimension is the example. While the Fisher is taken it runs with torch's generators seeded, so labels that it draws are those
+of `seed`. `DTensor`s cut along dimension 0 (FSDP2) have their local pieces penalised; their Fisher comes from the batched path
+alone, which there is nothing to compare with, and what it does not cover is refused.
 
 Source: continual.md sections 1 to 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from torch import Tensor, nn
 
 from hsmn_dist.config.continual import FisherConfig
 from hsmn_dist.continual.ewc import Application, EwcMemory, EwcPenalty, model_digest
-from hsmn_dist.continual.fisher import FisherPass, fisher_record, num_rows
+from hsmn_dist.continual.fisher import FisherPass, fisher_record, num_rows, one_row
 from hsmn_dist.continual.store import load_store, save_store
 from hsmn_dist.distributed.collectives import all_reduce_sum, rank_and_world_size
+from hsmn_dist.distributed.determinism import derived_seed
 from hsmn_dist.distributed.shards import ParamShard
 from hsmn_dist.distributed.world import World
-from hsmn_dist.foundation.errors import ConfigError, DataError
+from hsmn_dist.foundation.errors import CheckpointError, ConfigError, DataError
 from hsmn_dist.foundation.param_role import ParamRole
 
 LossOf = Callable[[nn.Module, Any], Tensor]
@@ -91,11 +93,12 @@ class ModuleEwc:
         """Measure the Fisher on `batches` and merge it with the present weights as anchor; returns the Fisher.
 
         Estimators: "empirical", "sampled", "microbatch". Drawing labels is up to `loss_of`,
-        because only it knows where the logits are.
+        because only it knows where the logits are; it draws them with torch's generators, seeded here.
 
         Raises:
             DataError: no batches, or batches that are not dicts of tensors.
-            CheckpointError: a Fisher that is not finite, or another estimator than for earlier tasks.
+            CheckpointError: a Fisher that is not finite or all zero, or another estimator than for earlier tasks.
+            ModelError: sharded parameters (DTensor) without a rule.
         """
         rows = list(batches)
         total = sum(num_rows(_checked(batch)) for batch in rows)
@@ -115,11 +118,14 @@ class ModuleEwc:
         world_size = rank_and_world_size()[1]
         total = int(all_reduce_sum(torch.tensor(total))) if world_size > 1 else total
         whole_shards = [_whole(shard) for shard in shards]
-        fisher = FisherPass(self.module, whole_shards, _summed(self.module, loss_of), config, total)
-        for batch in rows:
+        loss = _SeededLoss(self.module, loss_of, seed)
+        row_loss = loss.of_row if estimator == "sampled" else None
+        fisher = FisherPass(self.module, whole_shards, loss, config, total, row_loss=row_loss)
+        for loss.number, batch in enumerate(rows):
             fisher.add(batch)
         measured = fisher.result()
         fisher.close()
+        _refuse_zeros(measured)
         mine = [part[shard.start : shard.stop] for part, shard in zip(measured, shards, strict=True)]
         record = fisher_record(name or f"task {len(self.memory.tasks)}", config, total)
         self.memory.add_task(shards, mine, record, self.online_decay)
@@ -186,12 +192,43 @@ def _whole(shard: ParamShard) -> ParamShard:
     return ParamShard(shard.name, shard.role, shard.component, shard.shape, 0, size, value)
 
 
-def _summed(module: nn.Module, loss_of: LossOf) -> Callable[[Any, Tensor], Tensor]:
-    def loss(batch: Any, weights: Tensor) -> Tensor:
-        losses = loss_of(module, batch)
+class _SeededLoss:
+    """Weighted sum of the losses of a micro-batch, with generators that depend on seed, rank and micro-batch alone.
+
+    Attributes:
+        number: which micro-batch of this rank it is.
+    """
+
+    def __init__(self, module: nn.Module, loss_of: LossOf, seed: int) -> None:
+        self._module = module
+        self._loss_of = loss_of
+        self._seed = seed
+        self._rank = rank_and_world_size()[0]
+        self._devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
+        self.number = 0
+
+    def __call__(self, batch: Any, weights: Tensor) -> Tensor:
+        """Whatever draws labels draws the same ones each time that a micro-batch is computed."""
+        losses = self._seeded(batch, "rows")
         return (losses * weights.to(losses)).sum()
 
-    return loss
+    def of_row(self, batch: Any, row: int) -> Tensor:
+        """The loss of a row alone: labels of its own, which are not those that it has in its micro-batch."""
+        return self._seeded(one_row(batch, row), row).sum()
+
+    def _seeded(self, batch: Any, what: int | str) -> Tensor:
+        with torch.random.fork_rng(self._devices):
+            torch.manual_seed(derived_seed(self._seed, "fisher", self._rank, self.number, what))
+            return self._loss_of(self._module, batch)
+
+
+def _refuse_zeros(measured: Sequence[Tensor]) -> None:
+    if not any(bool(part.any()) for part in measured):
+        raise CheckpointError(
+            f"a Fisher that is zero in all {sum(part.numel() for part in measured)} entries",
+            allowed="a loss that depends on the weights to be protected",
+            action="let loss_of return each example's loss with its graph, [rows], from the module that it is given",
+        )
 
 
 def _checked(batch: Any) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """The Fisher of weights that were trained anywhere: the starting point for continual work on a pretrained model.
 
 What comes out is an ordinary EWC store with one task, which the first stage of a run can be given as what came before it.
-One process; source: continual.md section 3.
+One process, on the GPU where there is one; source: continual.md section 3.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hsmn_dist.config.continual import FisherConfig
 from hsmn_dist.config.optim import OptimConfig
 from hsmn_dist.config.training import TrainingConfig
@@ -19,10 +21,12 @@ from hsmn_dist.continual.fisher import fisher_record
 from hsmn_dist.continual.store import MANIFEST, save_store
 from hsmn_dist.data.stream.loader import iter_split, open_split
 from hsmn_dist.distributed.world import World
-from hsmn_dist.foundation.errors import CheckpointError
+from hsmn_dist.foundation.errors import CheckpointError, DataError
 from hsmn_dist.models.contract import LanguageModel
 from hsmn_dist.training.build import build_engine
 from hsmn_dist.training.fisher_pass import run_fisher
+
+_CPU = torch.device("cpu")
 
 
 def save_fisher_of_weights(
@@ -34,6 +38,7 @@ def save_fisher_of_weights(
     name: str = "pretrained",
     split: str = "train",
     progress: Callable[[int, int], None] | None = None,
+    tokenizer_digest: str | None = None,
 ) -> Mapping[str, Any]:
     """Measure the Fisher of a model on a prepared folder and write it, with the weights as anchor, to `folder`.
 
@@ -45,13 +50,14 @@ def save_fisher_of_weights(
         name: name of the task in the store.
         split: split of `data`.
         progress: called as progress(examples done, total).
+        tokenizer_digest: of the model's tokenizer, to be that of the data; None: not looked at.
 
     Returns:
         JSON values: the task's record, number of parameters, sum and largest entry of the Fisher, digest, folder.
 
     Raises:
         CheckpointError: `folder` holds a store already, or the Fisher is not finite.
-        DataError: no such data, or an empty split.
+        DataError: no such data, an empty split, or tokens of another tokenizer.
     """
     if (folder / MANIFEST).exists():
         raise CheckpointError(
@@ -60,8 +66,15 @@ def save_fisher_of_weights(
     reader = open_split(data, split)
     total = min(len(reader), config.num_fisher_examples)
     facts = {"data": reader.index.digest, "split": split}
+    made_by = reader.index.tokenizer_digest
     reader.close()
-    world = World()
+    if tokenizer_digest not in (None, made_by):
+        raise DataError(
+            f"{data}: tokens of tokenizer {made_by[:12]}, the weights have {str(tokenizer_digest)[:12]}",
+            allowed="a folder prepared with the tokenizer beside the weights",
+            action="prepare the dataset with that tokenizer",
+        )
+    world = World(device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU)
     training = TrainingConfig.model_validate({"engine": "local"})
     engine = build_engine(training, OptimConfig(), lambda: model, world)
     batches = iter_split(data, split, config.micro_batch_examples, limit=total, shuffle_seed=config.seed)

@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from hsmn_dist.config.continual import FisherConfig
+from hsmn_dist.config.optim import OptimConfig
+from hsmn_dist.config.training import TrainingConfig
 from hsmn_dist.continual import fisher as fisher_module
 from hsmn_dist.distributed.shards import ParamShard
 from hsmn_dist.distributed.world import World
 from hsmn_dist.models.contract import ModelInput
+from hsmn_dist.models.hsmn.chunk_encoder import ChunkEncoder, EncoderGroups
+from hsmn_dist.training.build import build_engine
 from hsmn_dist.training.fisher_pass import run_fisher
 from tests.support.distributed import run_distributed
 from tests.support.fisher import dealt, dense_fisher, engine_of, examples, relative_error, tiny
@@ -144,6 +148,33 @@ def test_a_compiled_model_takes_the_batched_path_uncompiled(name: str, ways: lis
         torch.compiler.reset()
 
 
+@pytest.mark.parametrize("recompute", ["none", "sublayers", "all"])
+def test_chunks_in_groups_change_nothing(recompute: str, ways: list[bool]) -> None:
+    config = FisherConfig(estimator="sampled", **SETTINGS)
+    engine = engine_of("hsmn", World())
+    groups = EncoderGroups(3, recompute)
+    encoder = next(m for m in engine.module.modules() if isinstance(m, ChunkEncoder))
+    encoder.groups = groups
+    batches = dealt(examples(NUM_EXAMPLES), config.micro_batch_examples)
+    found = run_fisher(engine, batches, config, World(), NUM_EXAMPLES)
+    assert ways == [True]
+    dense = dense_fisher(tiny("hsmn"), examples(NUM_EXAMPLES), config)
+    assert_close(found, engine.param_shards(False), dense, recompute)
+
+
+def test_half_precision_gives_nearly_the_fisher_of_full_precision(ways: list[bool]) -> None:
+    """bf16 has 8 bits: entries are off by some per cent, all of them together (relative norm) by less than a tenth."""
+    config = FisherConfig(estimator="empirical", **SETTINGS)
+    training = TrainingConfig.model_validate({"engine": "local", "precision": "bf16"})
+    engine = build_engine(training, OptimConfig(), lambda: tiny("hsmn"), World())
+    batches = dealt(examples(NUM_EXAMPLES), config.micro_batch_examples)
+    found = run_fisher(engine, batches, config, World(), NUM_EXAMPLES)
+    dense = dense_fisher(tiny("hsmn"), examples(NUM_EXAMPLES), config)
+    wanted = torch.cat([dense[shard.name].reshape(-1) for shard in engine.param_shards(False)])
+    assert all(part.dtype == torch.float32 for part in found)
+    assert relative_error(torch.cat(found), wanted) < 0.1 and len(ways) == 1
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_an_examples_loss_is_the_mean_or_the_sum_over_its_tokens(reduction: str) -> None:
     config = FisherConfig(estimator="empirical", example_reduction=reduction, **SETTINGS)
@@ -244,6 +275,26 @@ def test_two_datasets_of_a_stage_are_one_sequence_on_any_number_of_ranks() -> No
     found = [fisher_of_two_datasets(estimator, World(), "local", 0) for estimator in estimators]
     found += [line for ranks in run_distributed(two_datasets_on_ranks, 2, estimators, timeout=400) for line in ranks]
     assert [line for line in found if line[1] >= TOLERANCE] == [] and len(found) == 3 * len(estimators)
+
+
+def checkpointed_on_ranks(world: World) -> list[tuple[str, float]]:
+    torch.set_num_threads(1)
+    worst, config, batch = [], FisherConfig(estimator="sampled", **SETTINGS), examples(NUM_EXAMPLES)
+    for name in ("hsmn", "hope self_modifying"):
+        for stage in (2, 3):
+            engine = engine_of(name, world, "deepspeed", stage, checkpointing="every_block")
+            batches = dealt(batch, config.micro_batch_examples, world.rank, world.world_size)
+            found = run_fisher(engine, batches, config, world, NUM_EXAMPLES)
+            errors = errors_of(found, engine.param_shards(False), dense_fisher(tiny(name), batch, config))
+            worst.append((f"{name} stage {stage}", max(errors.values())))
+            engine.close()
+    return worst
+
+
+@pytest.mark.slow
+def test_activation_checkpointing_under_zero_changes_nothing() -> None:
+    for results in run_distributed(checkpointed_on_ranks, 2, timeout=580):
+        assert [line for line in results if line[1] >= TOLERANCE] == [] and len(results) == 4
 
 
 @pytest.mark.slow

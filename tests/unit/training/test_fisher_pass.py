@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -17,10 +18,10 @@ from hsmn_dist.continual.ewc import EwcMemory, EwcPenalty
 from hsmn_dist.continual.fisher import fisher_record
 from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.errors import CheckpointError, DataError, ModelError
-from hsmn_dist.models.contract import ModelInput
+from hsmn_dist.models.contract import ModelInput, cross_entropy
 from hsmn_dist.training.fisher_pass import run_fisher
 from tests.support.distributed import run_distributed
-from tests.support.fisher import dealt, engine_of, examples, relative_error
+from tests.support.fisher import dealt, engine_of, examples, relative_error, tiny
 
 WORLD = World()
 NUM_EXAMPLES = 6
@@ -49,6 +50,30 @@ def test_padded_and_masked_tokens_add_nothing(engine) -> None:
         wide[key] = torch.cat([wide[key], extra], 1)
     for found, wanted in zip(fisher(engine, batch=wide), fisher(engine, batch=batch), strict=True):
         assert relative_error(found, wanted) < 1e-5
+
+
+def test_masked_tokens_in_the_middle_add_nothing(engine) -> None:
+    """Their labels may be anything, and the mean is over the tokens that are scored."""
+    config = FisherConfig(estimator="empirical", micro_batch_examples=2, example_reduction="mean")
+    batch = examples(NUM_EXAMPLES)
+    batch["loss_mask"][:] = True
+    batch["loss_mask"][:, -2] = False
+    found = fisher(engine, config, batch)
+    model = tiny("hsmn").eval()
+    totals = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for row in range(NUM_EXAMPLES):
+        one = step_input({key: value[row : row + 1] for key, value in batch.items()})
+        everything = dataclasses.replace(one, loss_mask=torch.ones_like(one.loss_mask))
+        losses = model(everything, target_loss=cross_entropy).nll[0]
+        kept = losses[batch["loss_mask"][row]].mean()
+        gradients = torch.autograd.grad(kept, list(model.parameters()), allow_unused=True)
+        for name, gradient in zip(totals, gradients, strict=True):
+            if gradient is not None:
+                totals[name] += gradient.square() / NUM_EXAMPLES
+    largest = max(float(total.norm()) for total in totals.values())
+    for shard, part in zip(engine.param_shards(False), found, strict=True):
+        expected = totals[shard.name].view(-1)
+        assert float((part - expected).norm()) < 1e-4 * float(expected.norm()) + 1e-8 * largest, shard.name
 
 
 def test_examples_alone_equal_examples_in_a_batch(engine) -> None:
