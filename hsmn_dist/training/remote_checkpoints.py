@@ -3,7 +3,7 @@
 A checkpoint exists there when its `manifest.json` does: files first, manifest last, and a prune removes the manifest first. What
 comes back is checked against the manifest's sizes and SHA-256 in a folder aside before it gets its name; names in a manifest are
 plain names, so that a store cannot write elsewhere. Unusual: what is to be sent is hard-linked (copied where links are not to be
-had), so that local pruning never takes a file from under a slow upload; one thread sends, the newest checkpoint that waits takes
+had) into a folder of its own, so that neither local pruning nor the same step saved again takes a file from under a slow upload; one thread sends, the newest checkpoint that waits takes
 the place of an older one that waits, and nothing that the store does can stop or delay a step. Failures are counted and logged.
 """
 
@@ -15,6 +15,7 @@ import re
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ class RemoteCheckpoints:
             uri: of the stage's folder in the store.
             staging: local folder, on the checkpoints' disk, for links to what is being sent; emptied before the first.
             keep_last: complete checkpoints that stay in the store.
-            may_commit: called before a manifest is sent; raises when another attempt owns the run.
+            may_commit: called before anything is sent, before a manifest is, and before a fetched checkpoint gets its name; raises when another attempt owns the run.
             patience: how often a checkpoint is tried.
         """
         self.uri = check_uri(uri)
@@ -124,7 +125,7 @@ class RemoteCheckpoints:
         with self._changed:
             if old := self._waiting.pop(kind, None):
                 self.report.replaced += 1
-                shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(old.parent, ignore_errors=True)
             self._waiting[kind] = staged
             if self._thread is None:
                 # A daemon: a store that hangs for ever must not keep the process from ending.
@@ -140,8 +141,8 @@ class RemoteCheckpoints:
     def _stage(self, folder: Path) -> Path:
         if self._thread is None:  # what an earlier process left
             shutil.rmtree(self._staging, ignore_errors=True)
-        staged = self._staging / folder.name
-        shutil.rmtree(staged, ignore_errors=True)
+        # A step can be saved again, after going back, while its first form is being sent.
+        staged = self._staging / uuid.uuid4().hex[:8] / folder.name
         staged.mkdir(parents=True)
         for file in folder.iterdir():
             try:
@@ -158,7 +159,7 @@ class RemoteCheckpoints:
                 folder = self._waiting.pop("best" if "best" in self._waiting else next(iter(self._waiting)))
                 self._is_sending = True
             self._try_to_send(folder)
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder.parent, ignore_errors=True)
             with self._changed:
                 self._is_sending = False
                 self._changed.notify_all()
@@ -189,7 +190,12 @@ class RemoteCheckpoints:
         store, root = self._open()
         place = f"{root}/{folder.name}"
         names = sorted(file.name for file in folder.iterdir() if file.name != MANIFEST)
+        self._may_commit()
         store.makedirs(place, exist_ok=True)
+        if store.exists(
+            f"{place}/{MANIFEST}"
+        ):  # the same step as it was before going back: no longer whole from here on
+            store.rm_file(f"{place}/{MANIFEST}")
         for name in names:
             store.put_file(str(folder / name), f"{place}/{name}")
         manifest = (folder / MANIFEST).read_bytes()
@@ -263,12 +269,12 @@ class RemoteCheckpoints:
         Raises:
             CheckpointError: absent, damaged, or the store cannot be read.
         """
-        aside, final = folder / f".{name}.tmp-fetch", folder / name
-        shutil.rmtree(aside, ignore_errors=True)
+        aside, final = folder / f".{name}.{uuid.uuid4().hex[:8]}.tmp-fetch", folder / name
         aside.mkdir(parents=True)
         try:
             self._fetch_into(name, aside)
             verify_manifest(aside, MANIFEST)
+            self._may_commit()
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
             fsync_folder(folder)

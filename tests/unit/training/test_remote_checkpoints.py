@@ -86,7 +86,7 @@ def test_what_was_sent_comes_back_bit_for_bit_when_the_local_folder_is_gone(tmp_
 def test_old_checkpoints_go_from_the_store_and_the_best_weights_stay(tmp_path: Path, uri: str) -> None:
     saved(tmp_path / "c", uri, 6)
     assert names_in(uri) == ["best_00000004", "step_00000005", "step_00000006"]
-    assert not (tmp_path / "c" / STAGING / "step_00000006").exists(), "nothing is left behind locally"
+    assert not list((tmp_path / "c" / STAGING).iterdir()), "nothing is left behind locally"
 
 
 def test_local_checkpoints_are_preferred_and_the_store_is_not_asked(
@@ -219,6 +219,54 @@ def test_a_store_that_hangs_delays_no_save_and_the_newest_checkpoint_waits_alone
     assert (report.sent, report.replaced, report.failed) == (2, 4, 0)
     # Step 1 was long pruned locally when it was sent: its links held it.
     assert names_in(f"file://{tmp_path}/store") == ["step_00000001", "step_00000006"]
+
+
+def test_a_step_that_is_saved_again_while_it_is_sent_arrives_whole_and_in_its_later_form(tmp_path: Path) -> None:
+    uri, entered, may_go_on = f"file://{tmp_path}/store", threading.Event(), threading.Event()
+    engine, keeper = make_engine(tmp_path), keeper_of(tmp_path / "c", uri)
+    store, root = fsspec.core.url_to_fs(uri)
+
+    class Slow:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        def put_file(self, source: str, target: str) -> None:
+            entered.set()
+            assert may_go_on.wait(30)
+            store.put_file(source, target)
+
+    remote = keeper._remote
+    assert remote is not None
+    remote._open = lambda: (Slow(), root)  # type: ignore[method-assign]
+    keeper.save(engine, TrainState(step=1))
+    assert entered.wait(30)
+    for num_rollbacks in (1, 2):  # the second takes the place of the first, which waits
+        train_a_step(engine, num_rollbacks)
+        keeper.save(engine, TrainState(step=1, num_rollbacks=num_rollbacks))
+    may_go_on.set()
+    report = keeper.finish_uploads(30)
+    assert (report.sent, report.replaced, report.failed) == (2, 1, 0), report.last_problem
+    assert not list((tmp_path / "c" / STAGING).iterdir()), "nothing is left behind locally"
+    other = make_engine(tmp_path / "there")
+    assert keeper_of(tmp_path / "there", uri).restore(other) == TrainState(step=1, num_rollbacks=2)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in engine.state_dict().items())
+
+
+def test_an_attempt_that_was_cut_off_touches_nothing_in_the_store_and_fetches_nothing(tmp_path: Path, uri: str) -> None:
+    engine, _ = saved(tmp_path / "c", uri, 1)
+    store, root = fsspec.core.url_to_fs(uri)
+    before = {name: store.cat_file(name) for name in store.find(root)}
+
+    def fenced() -> None:
+        raise StageFailed("another attempt owns the run", kind="fenced")
+
+    remote = RemoteCheckpoints(uri, tmp_path / "s", may_commit=fenced, patience=Patience(sleep=lambda _: None))
+    remote.send(Checkpointer(tmp_path / "d", World()).save(engine, TrainState(step=1, num_tokens=7)))
+    assert remote.wait(30) and remote.report.failed == 1
+    assert {name: store.cat_file(name) for name in store.find(root)} == before
+    with pytest.raises(StageFailed, match="another attempt"):
+        remote.fetch("step_00000001", tmp_path / "e")
+    assert not list((tmp_path / "e").iterdir())
 
 
 def test_an_attempt_that_was_cut_off_cannot_complete_a_checkpoint_in_the_store(tmp_path: Path, uri: str) -> None:
