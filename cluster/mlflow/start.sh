@@ -1,8 +1,10 @@
 #!/bin/bash
 # MLflow server for a team: basic authentication, allowed hosts, PostgreSQL (or SQLite for one machine), artifacts through the server.
 #
-#   MLFLOW_ADMIN_PASSWORD_FILE  file with the administrator's password (at least 12 characters); needed
-#   MLFLOW_BACKEND_URI          postgresql://USER:PASSWORD@HOST/mlflow; or MLFLOW_BACKEND_URI_FILE, a file that holds it
+#   MLFLOW_ADMIN_PASSWORD_FILE  file with the administrator's password (at least 12 characters); needed. It makes the account at the first
+#                               start; later ones do not change it (cluster/README.md says how to)
+#   MLFLOW_BACKEND_URI          postgresql://USER:PASSWORD@HOST/mlflow, the password percent-encoded; or MLFLOW_BACKEND_URI_FILE, a file
+#                               that holds it
 #   MLFLOW_AUTH_URI             database of users; the back end's own when absent
 #   MLFLOW_ARTIFACTS            s3://BUCKET/PREFIX or a folder; ./mlartifacts when absent
 #   MLFLOW_ALLOWED_HOSTS        Host headers that are answered, comma-separated; localhost when absent
@@ -16,7 +18,8 @@ mkdir -p "$home"
 [ -r "${MLFLOW_ADMIN_PASSWORD_FILE:-}" ] || fail "MLFLOW_ADMIN_PASSWORD_FILE must name a readable file with the administrator's password"
 password=$(cat "$MLFLOW_ADMIN_PASSWORD_FILE")
 [ "${#password}" -ge 12 ] || fail "the administrator's password has ${#password} characters; at least 12 are needed"
-case $password in password1234 | password | *'%'*) fail "choose another administrator password (not MLflow's default, no percent sign)" ;; esac
+case $password in password1234 | password) fail "choose another administrator password than MLflow's default" ;; esac
+case $password in *$'\n'*) fail "the administrator's password has more than one line" ;; esac
 
 backend=${MLFLOW_BACKEND_URI:-}
 if [ -n "${MLFLOW_BACKEND_URI_FILE:-}" ]; then backend=$(cat "$MLFLOW_BACKEND_URI_FILE"); fi
@@ -26,13 +29,14 @@ if [ -z "$auth" ]; then
   case $backend in sqlite:*) auth=sqlite:///$home/users.db ;; *) auth=$backend ;; esac
 fi
 
+# MLflow reads the file with configparser, to which a percent sign is the beginning of a reference: two of them are one.
 ini=$home/basic_auth.ini
 cat > "$ini" <<INI
 [mlflow]
 default_permission = READ
-database_uri = $auth
+database_uri = ${auth//%/%%}
 admin_username = admin
-admin_password = $password
+admin_password = ${password//%/%%}
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 INI
 export MLFLOW_AUTH_CONFIG_PATH=$ini

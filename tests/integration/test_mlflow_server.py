@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ import pytest
 mlflow = pytest.importorskip("mlflow")
 pytest.importorskip("flask_wtf", reason="MLflow's accounts are not installed (mlflow[auth])")
 
-from tests.support.postgres import Postgres, postgres_server  # noqa: E402
+from tests.support.postgres import postgres_server  # noqa: E402
 from tests.support.ray_cluster import free_ports  # noqa: E402
 from tests.support.whole_job import command_line, one_stage  # noqa: E402
 
@@ -44,7 +46,7 @@ def environment(folder: Path, **changes: str) -> dict[str, str]:
         ("", "0 characters"),
         ("short", "5 characters"),
         ("password1234", "another administrator password"),
-        ("percent%percent%", "another administrator password"),
+        ("first-line-long\nadmin_username = other", "more than one line"),
     ],
 )
 def test_the_server_does_not_start_without_a_password_of_its_own(
@@ -73,9 +75,9 @@ class Team:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, database: Postgres, port: int, password: str) -> Iterator[Team]:
+def serving(folder: Path, database_uri: str, port: int, password: str) -> Iterator[Team]:
     """Start the script, wait until it answers, end its process group."""
-    for name, text in (("password", password), ("backend", database.uri)):
+    for name, text in (("password", password), ("backend", database_uri)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o600)
     changes = {
@@ -134,8 +136,28 @@ def status(team: Team, user: str = "", password: str = "", host: str = "") -> in
         return error.code
 
 
+def ask(team: Team, user: str, password: str, method: str, path: str, /, **body: str) -> None:
+    """One request of the users' interface, as cluster/README.md shows it with curl."""
+    request = urllib.request.Request(
+        f"{team.uri}/api/2.0/mlflow/users/{path}", json.dumps(body).encode(), method=method
+    )
+    request.add_header("Authorization", "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert answer.status == 200
+
+
+def refused(team: Team, user: str, password: str, method: str, path: str, /, **body: str) -> bool:
+    """Whether the users' interface says no."""
+    try:
+        ask(team, user, password, method, path, **body)
+    except urllib.error.HTTPError as error:
+        return error.code == 403
+    return False
+
+
 def metrics(team: Team, environment_: dict[str, str]) -> str:
-    """What a client with the administrator's credentials reads: one line a run."""
+    """What a client reads: one line a run."""
     code = (
         "import mlflow\n"
         f"client = mlflow.MlflowClient({team.uri!r})\n"
@@ -150,10 +172,12 @@ def metrics(team: Team, environment_: dict[str, str]) -> str:
     return done.stdout
 
 
+@pytest.mark.timeout(1200)  # minutes on a machine with other work: every request goes through the accounts' database
 def test_a_run_is_served_with_an_account_and_outlives_a_restart(tmp_path: Path) -> None:
     password, port = secrets.token_urlsafe(16), free_ports(1)[0]
+    user, user_password, new_password = "trainer", secrets.token_urlsafe(16), secrets.token_urlsafe(16)
     with postgres_server() as database:
-        with serving(tmp_path, database, port, password) as team:
+        with serving(tmp_path, database.uri, port, password) as team:
             assert status(team) == 401
             assert status(team, "admin", "password1234") == 401, "MLflow's default account"
             assert status(team, "admin", "wrong-wrong-wrong") == 401
@@ -162,7 +186,9 @@ def test_a_run_is_served_with_an_account_and_outlives_a_restart(tmp_path: Path) 
             for name in ("basic_auth.ini", "secret"):
                 assert stat.S_IMODE((team.folder / name).stat().st_mode) == 0o600
             assert not commands_with(password) and not commands_with(database.uri)
-            account = environment(tmp_path, MLFLOW_TRACKING_USERNAME="admin", MLFLOW_TRACKING_PASSWORD=password)
+            ask(team, "admin", password, "POST", "create", username=user, password=user_password)
+            assert refused(team, user, user_password, "POST", "create", username="another", password=user_password)
+            account = environment(tmp_path, MLFLOW_TRACKING_USERNAME=user, MLFLOW_TRACKING_PASSWORD=user_password)
             run_root = tmp_path / "runs"
             # Without the registered model, whose hundred files are another test's.
             changes = [
@@ -171,15 +197,41 @@ def test_a_run_is_served_with_an_account_and_outlives_a_restart(tmp_path: Path) 
                 f"tracking.uri={team.uri}",
                 f"run_root={run_root}",
             ]
-            config = one_stage(tmp_path, *changes, "cluster.ranks_per_node=1", "tracking.finish_timeout_seconds=120")
+            config = one_stage(tmp_path, *changes, "cluster.ranks_per_node=1", "tracking.finish_timeout_seconds=600")
             command = command_line("run", str(config), "--quiet", "--launcher", "inline")
-            done = subprocess.run(command, env=account, cwd=ROOT, capture_output=True, text=True, timeout=500)
+            done = subprocess.run(command, env=account, cwd=ROOT, capture_output=True, text=True, timeout=900)
             assert done.returncode == 0, done.stderr[-3000:]
             before = metrics(team, account)
             assert before.count("FINISHED") >= 2 and "figures" in before
-        with serving(tmp_path, database, port, password) as team:
+            ask(team, "admin", password, "PATCH", "update-password", username="admin", password=new_password)
+            assert status(team, "admin", password) == 401 and status(team, "admin", new_password) == 200
+        # The old password's file is still there: it makes an account, and changes none.
+        with serving(tmp_path, database.uri, port, password) as team:
             assert status(team) == 401
+            assert status(team, "admin", password) == 401 and status(team, "admin", new_password) == 200
             assert metrics(team, account) == before
     written = [path for path in run_root.rglob("*") if path.is_file() and path.stat().st_size < 2**20]
-    assert written and not [path for path in written if password.encode() in path.read_bytes()]
-    assert password not in done.stdout + done.stderr + (tmp_path / "log").read_text()
+    known = [password, user_password, new_password]
+    contents = [path.read_bytes() for path in written]
+    told = done.stdout + done.stderr + (tmp_path / "log").read_text()
+    assert contents and not any(word.encode() in content for word in known for content in contents)
+    assert not any(word in told for word in known)
+
+
+def test_percent_signs_in_the_database_address_and_in_the_password_are_taken_as_they_are(tmp_path: Path) -> None:
+    database_password, password = f"p@ss/w:{secrets.token_hex(8)}%41", f"100%{secrets.token_hex(8)}%(here)s%%"
+    encoded = urllib.parse.quote(database_password, safe="")
+    assert encoded.startswith("p%40ss%2Fw%3A")
+    with postgres_server() as database:
+        psycopg = pytest.importorskip("psycopg")
+        with psycopg.connect(database.uri, autocommit=True) as connection:
+            connection.execute(f"CREATE ROLE tracker LOGIN SUPERUSER PASSWORD '{database_password}'")
+        address = database.uri_without_password.replace("hsmn@", f"tracker:{encoded}@")
+        with serving(tmp_path, address, free_ports(1)[0], password) as team:
+            assert status(team, "admin", password) == 200
+            assert status(team, "admin", password.replace("%%", "%")) == 401
+        with psycopg.connect(database.uri) as connection:
+            rows = connection.execute("SELECT username FROM users").fetchall()
+    assert rows == [("admin",)]
+    told = (tmp_path / "log").read_text()
+    assert not any(word in told for word in (database_password, encoded, password))
