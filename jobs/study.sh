@@ -1,12 +1,17 @@
 #!/bin/bash
-# One run for each seed, one after another, each under a name of its own; what is complete is skipped.
-# usage: jobs/study.sh CONFIG RUN_ROOT SEED...
+# Every method with every seed of a study, as one job, and its report; submitted again, it goes on.
+# usage: jobs/study.sh FILE RUN_ROOT
 set -euo pipefail
-config=${1:?usage: jobs/study.sh CONFIG RUN_ROOT SEED...}
-root=${2:?usage: jobs/study.sh CONFIG RUN_ROOT SEED...}
-shift 2
+file=${1:?usage: jobs/study.sh FILE RUN_ROOT}
+root=${2:?usage: jobs/study.sh FILE RUN_ROOT}
 cd "$(dirname "$0")/.."
-for seed in "$@"; do
-  jobs/ray_submit.sh -- "${PYTHON:-python}" -m hsmn_dist ensure "$config" --name "$(basename "$config" .yaml)-seed$seed" \
-    --set "seed=$seed" --set "run_root=$root" --set cluster.ray_address=auto --set cluster.launcher=ray
-done
+export RAY_API_SERVER_ADDRESS=${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}
+# A study has no lease. Its id keeps two jobs apart: Ray refuses to delete the one that runs, and to start another of its id.
+id="study-$(printf '%s\n' "$file" "$root" | sha256sum | cut -c 1-16)"
+if ray job status "$id" 2> /dev/null | grep -Eq 'PENDING|RUNNING'; then
+  echo "refused: this study runs as $id; follow it with: ray job logs --follow $id" >&2
+  exit 2
+fi
+ray job delete "$id" > /dev/null 2>&1 || true
+exec jobs/ray_submit.sh --submission-id "$id" --entrypoint-num-cpus "${CPUS:-1}" ${GPUS:+--entrypoint-num-gpus "$GPUS"} -- \
+  "${PYTHON:-python}" -m hsmn_dist study "$file" --run-root "$root"
