@@ -63,17 +63,8 @@ def save_fisher_of_weights(
         raise CheckpointError(
             f"{folder}: holds a Fisher already", allowed="a new folder", action="name another --out, or remove this one"
         )
-    reader = open_split(data, split)
-    total = min(len(reader), config.num_fisher_examples)
-    facts = {"data": reader.index.digest, "split": split}
-    made_by = reader.index.tokenizer_digest
-    reader.close()
-    if tokenizer_digest not in (None, made_by):
-        raise DataError(
-            f"{data}: tokens of tokenizer {made_by[:12]}, the weights have {str(tokenizer_digest)[:12]}",
-            allowed="a folder prepared with the tokenizer beside the weights",
-            action="prepare the dataset with that tokenizer",
-        )
+    num_rows, facts = _facts_of_split(data, split, tokenizer_digest)
+    total = min(num_rows, config.num_fisher_examples)
     world = World(device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU)
     training = TrainingConfig.model_validate({"engine": "local"})
     engine = build_engine(training, OptimConfig(), lambda: model, world)
@@ -93,3 +84,17 @@ def save_fisher_of_weights(
         "fisher_largest": max(float(part.max()) for part in fisher if part.numel()),
         "model_digest": model_digest({shard.name: shard.shape for shard in shards}),
     }
+
+
+def _facts_of_split(data: Path, split: str, tokenizer_digest: str | None) -> tuple[int, dict[str, str]]:
+    """(examples, what tells this split from any other); its tokens are those of the model's tokenizer."""
+    reader = open_split(data, split)
+    index, num_rows = reader.index, len(reader)
+    reader.close()
+    if tokenizer_digest not in (None, index.tokenizer_digest):
+        raise DataError(
+            f"{data}: tokens of tokenizer {index.tokenizer_digest[:12]}, the weights have {str(tokenizer_digest)[:12]}",
+            allowed="a folder prepared with the tokenizer beside the weights",
+            action="prepare the dataset with that tokenizer",
+        )
+    return num_rows, {"data": index.digest, "split": split}
