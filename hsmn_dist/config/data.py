@@ -116,5 +116,10 @@ class DataConfig(Section):
     cache_bytes: int = Field(
         16 * 2**30, ge=2**20, description="Size to which the cache of fetched shards is cut back, on each machine."
     )
+    fetch_attempts: int = Field(
+        8,
+        ge=1,
+        description="Attempts to fetch a file of a store that does not answer; waits double from 0.5 to 30 s: 8 are a minute.",
+    )
     corrupt_policy: Literal["raise", "quarantine"] = Field("raise", description="What a damaged sample or shard does.")
     quarantine_limit: int = Field(0, ge=0, description="Damaged samples that may be passed over under `quarantine`.")

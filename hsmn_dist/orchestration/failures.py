@@ -31,6 +31,7 @@ class FailureKind(enum.Enum):
     NON_FINITE = "non_finite"
     LOSS_SPIKE = "loss_spike"
     DISK_FULL = "disk_full"
+    STORE_AWAY = "store_away"
     HUNG = "hung"
     FENCED = "fenced"
     UNKNOWN = "unknown"
@@ -78,6 +79,11 @@ POLICIES: dict[FailureKind, Policy] = {
     ),
     FailureKind.DISK_FULL: Policy(
         "the disk was full", 0, "free space under the run root; the last checkpoint is whole"
+    ),
+    FailureKind.STORE_AWAY: Policy(
+        "the store of the data did not answer",
+        3,
+        "check the network and the store; data.fetch_attempts bounds how long it is asked",
     ),
     FailureKind.HUNG: Policy(
         "a rank fell silent", 1, "look at the host that is named: its load, its memory, its network"

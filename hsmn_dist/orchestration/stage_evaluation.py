@@ -69,7 +69,7 @@ def training_shots(folders: Sequence[Path], count: int, data: DataConfig) -> lis
 
 
 def _read(folder: Path, split: str, limit: int, data: DataConfig) -> Iterator[Example]:
-    return read_examples(folder, split, limit, data.cache_folder, data.cache_bytes)
+    return read_examples(folder, split, limit, data.cache_folder, data.cache_bytes, data.fetch_attempts)
 
 
 def evaluate_tasks(

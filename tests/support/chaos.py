@@ -79,6 +79,7 @@ def settings(num_steps: int, **changes: Any) -> list[str]:
         "model.num_decoder_layers": 1,
         "data.max_context_tokens": 48,
         "data.max_target_tokens": 16,
+        "data.fetch_attempts": 5,
         "training.max_steps": num_steps,
         "training.validate_every_steps": 6,
         "training.patience": 100,

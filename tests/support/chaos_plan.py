@@ -80,8 +80,8 @@ NO_STORE = Fault(
     "object store gone",
     "break_store",
     "start",
-    2,
-    failure="bad_input",
+    1,
+    failure="store_away",
     facts={"store": {"fail": 1000}},
     says="after 5 attempts",
 )

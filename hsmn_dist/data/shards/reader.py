@@ -23,8 +23,10 @@ import numpy as np
 from hsmn_dist.data.example import Example
 from hsmn_dist.data.shards.index import ShardEntry, ShardIndex, load_index, load_samples
 from hsmn_dist.data.shards.remote import (
+    FETCH_ATTEMPTS,
     FetchFailed,
     RemoteFiles,
+    Retry,
     folder_name,
     is_url,
     own_cache_folder,
@@ -232,40 +234,57 @@ class SplitReader:
         return opened
 
 
-def open_folder(folder: Path | str, split: str, cache_folder: str = "", cache_bytes: int = CACHE_BYTES) -> SplitReader:
+def open_folder(
+    folder: Path | str,
+    split: str,
+    cache_folder: str = "",
+    cache_bytes: int = CACHE_BYTES,
+    fetch_attempts: int = FETCH_ATTEMPTS,
+) -> SplitReader:
     """A reader of a local folder or of a URL; the cache is used for URLs alone.
 
     Raises:
-        DataError: no such folder or split, a damaged index, a URL of an unknown kind or that cannot be reached.
+        DataError: no such folder or split, a damaged index, a URL of an unknown kind or an index that is not there.
+        StoreAway: the store does not answer.
     """
     if not is_url(folder):
         return SplitReader(folder, split)
-    return SplitReader(folder, split, remote_files(folder, cache_folder, cache_bytes))
+    return SplitReader(folder, split, remote_files(folder, cache_folder, cache_bytes, fetch_attempts))
 
 
-def read_index(folder: Path | str, cache_folder: str = "", cache_bytes: int = CACHE_BYTES) -> ShardIndex:
+def read_index(
+    folder: Path | str, cache_folder: str = "", cache_bytes: int = CACHE_BYTES, fetch_attempts: int = FETCH_ATTEMPTS
+) -> ShardIndex:
     """The index of a local folder or of a URL, as `open_folder` finds them.
 
     Raises:
-        DataError: no such folder, a damaged index, a URL of an unknown kind or that cannot be reached.
+        DataError: no such folder, a damaged index, a URL of an unknown kind or an index that is not there.
+        StoreAway: the store does not answer.
     """
     if not is_url(folder):
         return load_index(Path(folder))
-    return remote_files(folder, cache_folder, cache_bytes).fetch_index()
+    return remote_files(folder, cache_folder, cache_bytes, fetch_attempts).fetch_index()
 
 
-def remote_files(folder: Path | str, cache_folder: str = "", cache_bytes: int = CACHE_BYTES) -> RemoteFiles:
+def remote_files(
+    folder: Path | str, cache_folder: str = "", cache_bytes: int = CACHE_BYTES, fetch_attempts: int = FETCH_ATTEMPTS
+) -> RemoteFiles:
     """The files of a folder at a URL, through the machine's cache."""
     require_known_scheme(folder_name(folder))
     cache = Path(cache_folder) if cache_folder else own_cache_folder()
-    return RemoteFiles(folder_name(folder), cache, cache_bytes)
+    return RemoteFiles(folder_name(folder), cache, cache_bytes, Retry(fetch_attempts))
 
 
 def read_examples(
-    folder: Path | str, split: str, limit: int | None = None, cache_folder: str = "", cache_bytes: int = CACHE_BYTES
+    folder: Path | str,
+    split: str,
+    limit: int | None = None,
+    cache_folder: str = "",
+    cache_bytes: int = CACHE_BYTES,
+    fetch_attempts: int = FETCH_ATTEMPTS,
 ) -> Iterator[Example]:
     """The examples of a split in the order of the shards, at most `limit` of them (None or 0: all)."""
-    reader = open_folder(folder, split, cache_folder, cache_bytes)
+    reader = open_folder(folder, split, cache_folder, cache_bytes, fetch_attempts)
     try:
         for number in range(min(len(reader), limit) if limit else len(reader)):
             yield reader.read_example(number)

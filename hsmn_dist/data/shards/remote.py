@@ -2,12 +2,14 @@
 
 A fetched file gets its name only after its SHA-256 agreed with the index, so what has the name can be trusted by every
 process of the machine; a lock per file makes the ranks of a node fetch it once. Broken connections and wrong hashes are tried
-again with growing waits. What is unusual: the cache is one folder of plain files shared by all runs, cut back by last use.
+again with growing waits; a store that stays away is a failure that passes and never a damaged sample, so that no outage is
+mistaken for bad data and passed over. What is unusual: the cache is one folder of plain files shared by all runs, cut back by last use.
 Only known schemes are opened: no `pipe:`, no chained URLs.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hsmn_dist.data.shards.index import INDEX_NAME, ShardEntry, ShardIndex, load_index
-from hsmn_dist.foundation.errors import DataError
+from hsmn_dist.foundation.errors import DataError, HsmnError, StageFailed
 from hsmn_dist.foundation.extras import require
 from hsmn_dist.foundation.files import atomic_path, sha256_of_file
 from hsmn_dist.foundation.log import logger
@@ -33,15 +35,33 @@ _BLOCK_BYTES = 1 << 20
 _LOG = logger(__name__)
 
 
+FETCH_ATTEMPTS = 8
+FEW_ATTEMPTS = 5
+"""Enough for what another attempt rarely mends: a file that is not there, no permission, other bytes than the index says."""
+_LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
 class FetchFailed(DataError):
-    """A file of a URL that could not be brought whole, after every attempt."""
+    """A file of a URL that is not there, may not be read, or holds other bytes, at every attempt."""
+
+
+class StoreAway(StageFailed):
+    """A store that gave no answer to any attempt. It may come back: the kind has retries of its own."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            found,
+            allowed="a store that answers within data.fetch_attempts attempts",
+            action="check the network and the store, raise data.fetch_attempts for longer outages, and resume the run",
+            kind="store_away",
+        )
 
 
 @dataclass(frozen=True)
 class Retry:
     """How often and how patiently a fetch is tried: waits of `first_wait_seconds`, doubled each time up to the longest."""
 
-    attempts: int = 5
+    attempts: int = FETCH_ATTEMPTS
     first_wait_seconds: float = 0.5
     longest_wait_seconds: float = 30.0
     sleep: Callable[[float], None] = time.sleep
@@ -143,7 +163,8 @@ class RemoteFiles:
         """The shard as a local file, fetched if it is not there.
 
         Raises:
-            FetchFailed: every attempt failed.
+            FetchFailed: it is not there or not what was written, at every attempt.
+            StoreAway: the store did not answer any.
         """
         path = self._local(shard)
         for _ in range(2):  # another process may remove the file between the look and the touch
@@ -169,8 +190,8 @@ class RemoteFiles:
         return self.folder / f"{shard.sha256[:16]}-{shard.name}"
 
     def _fetch(self, name: str, sha256: str | None, path: Path | None = None) -> None:
-        problem = ""
-        for attempt in range(self._retry.attempts):
+        problem, is_away, attempts, attempt = "", False, self._retry.attempts, 0
+        while attempt < attempts:
             if attempt:
                 self.num_retries += 1
                 self._retry.sleep(self._retry.wait_seconds(attempt - 1))
@@ -178,13 +199,20 @@ class RemoteFiles:
                 self._copy(name, sha256, path or self.folder / name)
                 self.num_fetched += 1
                 return
-            except DataError:
+            except HsmnError:
                 raise
             except Exception as error:  # each store's client has errors of its own; all are tried again and reported
-                problem = f"{type(error).__name__}: {error}"
-            _LOG.warning("%s/%s: attempt %d of %d: %s", self._url, name, attempt + 1, self._retry.attempts, problem)
+                if isinstance(error, OSError) and error.errno in _LOCAL_ERRORS:
+                    raise  # our disk, and not the store
+                problem, is_away = f"{type(error).__name__}: {error}", not _is_an_answer(error)
+                attempts = self._retry.attempts if is_away else min(self._retry.attempts, FEW_ATTEMPTS)
+            attempt += 1
+            _LOG.warning("%s/%s: attempt %d of %d: %s", self._url, name, attempt, attempts, problem)
+        found = f"{self._url}/{name}: {problem} (after {attempt} attempts)"
+        if is_away:
+            raise StoreAway(found)
         raise FetchFailed(
-            f"{self._url}/{name}: {problem} (after {self._retry.attempts} attempts)",
+            found,
             allowed="a reachable file with the bytes that were written",
             action="check the URL and the network; copy the folder again if the hash differs",
         )
@@ -199,7 +227,7 @@ class RemoteFiles:
                     target.write(block)
             found = digest.hexdigest()
             if sha256 not in (None, found):
-                raise ValueError(f"arrived with SHA-256 {found[:12]}..., the index says {str(sha256)[:12]}...")
+                raise OtherBytes(f"arrived with SHA-256 {found[:12]}..., the index says {str(sha256)[:12]}...")
 
     def _cut_back(self, keep: Path) -> None:
         files = []
@@ -214,6 +242,18 @@ class RemoteFiles:
             if path != keep:
                 path.unlink(missing_ok=True)
                 total -= size
+
+
+class OtherBytes(ValueError):
+    """A file that arrived with another hash than the index says."""
+
+
+def _is_an_answer(error: Exception) -> bool:
+    """Whether the store said no, in place of saying nothing: asking longer would not help."""
+    if isinstance(error, OtherBytes | FileNotFoundError | PermissionError | IsADirectoryError):
+        return True
+    status = getattr(error, "status", None)  # of aiohttp's errors
+    return type(status) is int and 400 <= status < 500 and status not in (408, 425, 429)
 
 
 def _open_url(url: str) -> Any:

@@ -226,7 +226,7 @@ def open_split(folder: Path | str, split: str, settings: StreamSettings | None =
     Raises:
         DataError: there is no such folder or split, or the split holds no sample.
     """
-    cache = (settings.cache_folder, settings.cache_bytes) if settings else ()
+    cache = (settings.cache_folder, settings.cache_bytes, settings.fetch_attempts) if settings else ()
     reader = open_folder(folder, split, *cache)
     if len(reader) == 0:
         raise DataError(

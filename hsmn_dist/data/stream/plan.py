@@ -58,6 +58,7 @@ class StreamSettings:
     shuffle_window_shards: int = 16
     cache_folder: str = ""
     cache_bytes: int = 16 * 2**30
+    fetch_attempts: int = 8
 
     @classmethod
     def from_config(
@@ -87,6 +88,7 @@ class StreamSettings:
             shuffle_window_shards=data.shuffle_window_shards,
             cache_folder=data.cache_folder,
             cache_bytes=data.cache_bytes,
+            fetch_attempts=data.fetch_attempts,
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hsmn_dist.config.load import load_run_config
+from hsmn_dist.data.shards.remote import StoreAway
 from hsmn_dist.foundation.errors import ConfigError, DataError, Preempted, StageFailed
 from hsmn_dist.orchestration.adjustments import adjusted, shrink_micro_batch
 from hsmn_dist.orchestration.attempt import claim
@@ -58,6 +59,7 @@ def record(kind: FailureKind, rank: int, attempt: str = "a") -> FailureRecord:
         (StageFailed("a", kind="loss_spike"), FailureKind.LOSS_SPIKE),
         (StageFailed("a", kind="fenced"), FailureKind.FENCED),
         (RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"), FailureKind.WORKER_LOST),
+        (StoreAway("s3://b/x: TimeoutError"), FailureKind.STORE_AWAY),
         (KeyError("a defect"), FailureKind.UNKNOWN),
     ],
 )

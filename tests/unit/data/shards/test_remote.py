@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import http.server
 import os
@@ -18,10 +19,18 @@ import pytest
 
 from hsmn_dist.data.shards import remote as remote_module
 from hsmn_dist.data.shards.reader import DamagedSample, SplitReader, open_folder, read_examples
-from hsmn_dist.data.shards.remote import FetchFailed, RemoteFiles, Retry, folder_name, is_url, own_cache_folder
+from hsmn_dist.data.shards.remote import (
+    FetchFailed,
+    RemoteFiles,
+    Retry,
+    StoreAway,
+    folder_name,
+    is_url,
+    own_cache_folder,
+)
 from hsmn_dist.data.stream.loader import build_loader, iter_split
 from hsmn_dist.data.stream.plan import StreamSettings, StreamSource
-from hsmn_dist.foundation.errors import DataError
+from hsmn_dist.foundation.errors import DataError, StageFailed
 from tests.support.shards import write_folder
 
 NUM_SAMPLES = 50
@@ -108,7 +117,56 @@ def test_a_fault_on_the_way_is_tried_again_with_growing_waits(
     assert remote.num_retries == 3 and waits == [0.5, 1.0, 2.0]
 
 
-@pytest.mark.parametrize("fault", ["refuses", "breaks", "ends early", "flips a bit"])
+@pytest.mark.parametrize("fault", ["refuses", "breaks"])
+@pytest.mark.parametrize("policy", ["raise", "quarantine"])
+def test_a_store_that_stays_away_is_a_failure_that_passes_and_no_damaged_sample(
+    folder: Path, tmp_path: Path, store: Store, fault: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_module.Retry, "wait_seconds", lambda self, attempt: 0.0)
+    shards = [path.name for path in folder.glob("*.tar")]
+    store.faults = {name: [fault] * 3 for name in shards}
+    settings = StreamSettings(
+        8, 4, 3, cache_folder=str(tmp_path / "c"), fetch_attempts=3, corrupt_policy=policy, quarantine_limit=1000
+    )
+    with build_loader([StreamSource(f"file://{folder}")], "train", settings) as stream:
+        with pytest.raises(StageFailed, match=r"\.tar.*after 3 attempts") as caught:
+            next(stream)
+        assert (caught.value.kind, caught.value.exit_code) == ("store_away", 1)
+    store.faults = {}
+    with build_loader([StreamSource(f"file://{folder}")], "train", settings) as stream:
+        assert next(stream), "it came back, and nothing was remembered as broken"
+
+
+def test_a_local_disk_without_space_is_not_taken_for_the_store(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RemoteFiles, "_copy", full)
+    with pytest.raises(OSError) as caught:
+        far(folder, tmp_path / "cache").fetch_index()
+    assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("status", [403, 404, 503])
+def test_a_store_that_says_no_is_asked_less_often_than_one_that_says_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    class Answer(Exception):
+        pass
+
+    error = Answer()
+    error.status = status  # type: ignore[attr-defined]
+    monkeypatch.setattr(remote_module, "_open_url", lambda _: (_ for _ in ()).throw(error))
+    waits: list[float] = []
+    remote = RemoteFiles(f"file://{folder}", tmp_path / "cache", 2**30, Retry(sleep=waits.append))
+    with pytest.raises(StoreAway if status == 503 else FetchFailed):
+        remote.fetch_index()
+    assert len(waits) == (7 if status == 503 else 4) and 55 < sum(Retry().wait_seconds(n) for n in range(7)) < 65
+
+
+@pytest.mark.parametrize("fault", ["ends early", "flips a bit"])
 def test_what_never_arrives_whole_is_never_trusted(folder: Path, tmp_path: Path, store: Store, fault: str) -> None:
     shard = sorted(folder.glob("*.tar"))[0].name
     store.faults[shard] = [fault] * 99
