@@ -63,6 +63,18 @@ def test_generation_compares_early_and_late_tokens_and_an_appended_chunk():
     assert {goal["is_reached"] for goal in result["goals"]} <= {True, False}
 
 
+@pytest.mark.parametrize("size", [[], ["--demo"]])
+def test_the_checkpoint_benchmark_gives_the_stall_as_a_share_of_the_steps_between_two_saves(size: list[str]) -> None:
+    result = printed("checkpoint.py", *size)
+    ways = result["ways"]
+    assert ways.keys() == {"none", "torch_save", "synchronous", "background"}
+    assert all(ways[way]["stall_seconds"] > 0 for way in ways if way != "none")
+    (goal,) = result["goals"]
+    seconds_between = ways["none"]["run_seconds"] / 2  # four steps, a save after every second
+    assert goal["found"] == pytest.approx(ways["background"]["stall_seconds"] / seconds_between)
+    assert goal["at_most"] == 0.05 and goal["is_reached"] == (goal["found"] <= 0.05)
+
+
 def test_the_gpu_benchmark_runs_on_a_cpu_in_its_tiny_form():
     rows = printed("gpu_step.py", "--device", "cpu")["rows"]
     assert [(row["family"], row["model"]) for row in rows] == [
