@@ -151,8 +151,9 @@ class MemoryLevelConfig(Section):
     hidden_units: int = Field(512, ge=1, description="Inner width of the level's MLP.")
     learning_rate: float = Field(
         0.25,
-        gt=0.0,
-        description="Rate of the in-context step per token, divided by d_model; the start when it is learned.",
+        ge=0.0,
+        description="Rate of the in-context step per token, divided by d_model; the start when it is learned; 0 never writes. "
+        "For cadence tokens: with cadence optimizer every level has the optimizer's rate.",
     )
 
 

@@ -4,6 +4,8 @@
 
 Unusual: labels are the tokens themselves (shifted inside, as there), -100 is not scored, and `generate` is our own decoding
 loop, so there is no beam search. `HsmnForConditionalGeneration` reads `input_ids` as the context and writes after it.
+Rows may be padded on either side: the wrapper moves their tokens to the front for the model, and what it gives back stands in
+the places that were asked about. Importing this file also registers both classes with `AutoConfig` and `AutoModelFor...`.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn import functional
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput, Seq2SeqLMOutput
 
-from hsmn_dist.config.models import ModelConfig
+from hsmn_dist.config.models import HopeConfig, ModelConfig
 from hsmn_dist.foundation.errors import ModelError
 from hsmn_dist.models.build import construct_model
 from hsmn_dist.models.contract import LanguageModel, ModelInput
@@ -42,6 +44,11 @@ def _mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
 
 
+def _places(mask: Tensor) -> Tensor:
+    """[B, T] places of each row's tokens, first to last, then those of its padding: what moves tokens to the front."""
+    return (~mask).to(torch.int8).argsort(dim=1, stable=True)
+
+
 class _Wrapper(PreTrainedModel):
     config_class = HsmnDistConfig
     families: tuple[str, ...] = ()
@@ -56,6 +63,10 @@ class _Wrapper(PreTrainedModel):
                 action="use HopeForCausalLM for hope, HsmnForConditionalGeneration for hsmn and hsmn_hope",
             )
         self.inner: LanguageModel = construct_model(architecture)
+        # A head that is the token table is one tensor in a file, and one parameter again when it comes back.
+        ties = isinstance(architecture, HopeConfig) and architecture.ties_embeddings
+        self._tied_weights_keys = {"inner.head.weight": "inner.embedding.weight"} if ties else {}
+        config.tie_word_embeddings = ties
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -71,11 +82,15 @@ class _Wrapper(PreTrainedModel):
 
     @torch.no_grad()
     def _continue(self, input_ids: Tensor, attention_mask: Tensor | None, settings: dict[str, Any]) -> Tensor:
+        """New tokens [B, at most max_new_tokens]: <eos> where a row ended, padding behind it."""
         eos_id, pad_id = settings.pop("eos_token_id", 2), settings.pop("pad_token_id", 0)
         mask = _mask(input_ids, attention_mask)
-        rows = generate_tokens(self.inner, input_ids, mask, GenerationSettings(**settings), eos_id=eos_id)
-        width = max(len(row) for row in rows)
-        padded = [row + [pad_id] * (width - len(row)) for row in rows]
+        places = _places(mask)
+        chosen = GenerationSettings(**settings)
+        rows = generate_tokens(self.inner, input_ids.gather(1, places), mask.gather(1, places), chosen, eos_id=eos_id)
+        ended = [row + [eos_id] * (len(row) < chosen.max_new_tokens) for row in rows]
+        width = max(len(row) for row in ended)
+        padded = [row + [pad_id] * (width - len(row)) for row in ended]
         return torch.tensor(padded, dtype=torch.int64, device=input_ids.device).view(len(rows), width)
 
 
@@ -87,7 +102,11 @@ class HopeForCausalLM(_Wrapper):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
     ) -> CausalLMOutput:
-        """Tokens [B, T], right-padded -> logits [B, T, V], and the mean loss when `labels` [B, T] are given."""
+        """Tokens [B, T], padded on either side -> logits [B, T, V], and the mean loss when `labels` [B, T] are given."""
+        places = _places(_mask(input_ids, attention_mask))
+        input_ids = input_ids.gather(1, places)
+        labels = None if labels is None else labels.gather(1, places)
+        attention_mask = None if attention_mask is None else attention_mask.gather(1, places)
         nothing = input_ids[:, :0]
         following = torch.cat([input_ids, torch.zeros_like(input_ids[:, :1])], dim=1)
         wanted = torch.full_like(following, IGNORED_LABEL)
@@ -100,11 +119,12 @@ class HopeForCausalLM(_Wrapper):
         assert logits is not None
         mask = wanted != IGNORED_LABEL
         loss = None if labels is None else functional.cross_entropy(logits[mask].float(), wanted[mask])
-        return CausalLMOutput(loss=loss, logits=logits[:, 1:])
+        back = places.argsort(dim=1)[..., None].expand(-1, -1, logits.shape[-1])
+        return CausalLMOutput(loss=loss, logits=logits[:, 1:].gather(1, back))
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Tensor:
-        """New tokens [B, at most max_new_tokens] after right-padded prompts; settings of `GenerationSettings`."""
-        return self._continue(input_ids, attention_mask, settings)
+        """The prompts [B, T] as given and, behind them, the new tokens; settings of `GenerationSettings`."""
+        return torch.cat([input_ids, self._continue(input_ids, attention_mask, settings)], dim=1)
 
 
 class HsmnForConditionalGeneration(_Wrapper):
@@ -115,7 +135,7 @@ class HsmnForConditionalGeneration(_Wrapper):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
     ) -> Seq2SeqLMOutput:
-        """Context [B, n], right-padded, and labels [B, T] (-100: not scored) -> mean loss and logits [B, T, V]."""
+        """Context [B, n], padded on either side, and labels [B, T] (-100: not scored) -> mean loss and logits [B, T, V]."""
         if labels is None:
             raise ModelError(
                 "a forward pass without labels",
@@ -123,7 +143,9 @@ class HsmnForConditionalGeneration(_Wrapper):
                 action="pass labels, or call generate()",
             )
         scored = labels != IGNORED_LABEL
-        inputs = ModelInput(input_ids, _mask(input_ids, attention_mask), labels.clamp(min=0), scored)
+        mask = _mask(input_ids, attention_mask)
+        places = _places(mask)
+        inputs = ModelInput(input_ids.gather(1, places), mask.gather(1, places), labels.clamp(min=0), scored)
         logits = self.inner(inputs).logits
         assert logits is not None
         loss = functional.cross_entropy(logits[scored].float(), labels[scored])
@@ -132,3 +154,8 @@ class HsmnForConditionalGeneration(_Wrapper):
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Tensor:
         """Target tokens [B, at most max_new_tokens]; settings of `GenerationSettings`."""
         return self._continue(input_ids, attention_mask, settings)
+
+
+AutoConfig.register(HsmnDistConfig.model_type, HsmnDistConfig, exist_ok=True)
+AutoModelForCausalLM.register(HsmnDistConfig, HopeForCausalLM, exist_ok=True)
+AutoModelForSeq2SeqLM.register(HsmnDistConfig, HsmnForConditionalGeneration, exist_ok=True)

@@ -150,7 +150,7 @@ def _changed(ids: Tensor, vocab_size: int) -> Tensor:
 def _causal(model: LanguageModel, inputs: ModelInput) -> CheckResult:
     logits, gap = _logits(model, inputs), 0.0
     num_targets = inputs.target_ids.shape[1]
-    positions = range(num_targets)
+    positions = list(range(num_targets))
     if num_targets > NUM_CHANGED_POSITIONS:  # spread over a long target, the first and the last among them
         positions = sorted(
             {round(x * (num_targets - 1) / (NUM_CHANGED_POSITIONS - 1)) for x in range(NUM_CHANGED_POSITIONS)}

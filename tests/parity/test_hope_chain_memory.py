@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hsmn_dist.config.models import CmsConfig
 from hsmn_dist.foundation.errors import ModelError
-from hsmn_dist.models.contract import ModelInput
+from hsmn_dist.models.contract import ModelInput, cross_entropy
 from hsmn_dist.models.hope.chain_memory import ChainMemory
 from hsmn_dist.models.hope.level_clock import base_period, check_periods, does_tick, num_ticks, tokens_of_tick
 from hsmn_dist.models.hope.memory_health import dead_levels
@@ -16,7 +16,7 @@ from hsmn_dist.models.hope.mixers import SequenceInfo
 from hsmn_dist.models.hope.reference import chain_steps
 from hsmn_dist.models.hope.stacking import start_from_mlp
 from hsmn_dist.models.layers.feed_forward import FeedForward
-from tests.support.hope_models import batch, tiny_model
+from tests.support.hope_models import batch, chain, tiny_model
 
 WIDTH = 5
 
@@ -181,14 +181,27 @@ def test_one_level_that_never_ticks_is_exactly_a_transformer_mlp():
     torch.testing.assert_close(memory(x, None, SequenceInfo())[0], mlp(x), rtol=1e-12, atol=1e-14)
 
 
+def test_stopped_writes_carry_no_gradient_also_where_the_change_is_bounded():
+    memory = _memory((2, 4), writes="stop_gradient", largest_growth=0.01)
+    x = torch.randn(1, 9, WIDTH, dtype=torch.float64, requires_grad=True)
+    _, state, _ = memory(x, None, SequenceInfo(returns_state=True))
+    for level in state.levels:
+        assert any(change.any() for change in level.change)
+        assert not any(
+            change.requires_grad or pending.requires_grad
+            for change, pending in zip(level.change, level.pending, strict=True)
+        )
+
+
+@pytest.mark.parametrize("writes", ["differentiable", "stop_gradient"])
 @pytest.mark.parametrize("cadence", ["tokens", "optimizer"])
-def test_levels_stacked_on_a_pretrained_model_with_rate_zero_are_that_model_exactly(cadence):
+def test_levels_stacked_on_a_pretrained_model_with_rate_zero_are_that_model_exactly(cadence, writes):
     plain = tiny_model(uses_cms=False, num_layers=2)
     levels = [
-        {"period": 2, "hidden_units": 24, "learning_rate": 1e-300},
-        {"period": 4, "hidden_units": 6, "learning_rate": 1e-300},
+        {"period": 2, "hidden_units": 24, "learning_rate": 0.0},
+        {"period": 4, "hidden_units": 6, "learning_rate": 0.0},
     ]
-    cms = {"form": "chain", "cadence": cadence, "levels": levels, "writes": "stop_gradient"}
+    cms = {"form": "chain", "cadence": cadence, "levels": levels, "writes": writes}
     stacked = tiny_model(seed=1, uses_mlp=False, num_layers=2, cms=cms)
     weights = {n: p for n, p in plain.state_dict().items() if ".mlp" not in n}
     weights |= {n.replace("mlp_norm", "cms_norm"): p for n, p in plain.state_dict().items() if "mlp_norm" in n}
@@ -197,7 +210,14 @@ def test_levels_stacked_on_a_pretrained_model_with_rate_zero_are_that_model_exac
     for block, source in zip(stacked.layers, plain.layers, strict=True):
         start_from_mlp(block.cms, source.mlp)
     inputs = batch([5, 2], [6, 6])
-    torch.testing.assert_close(stacked(inputs).logits, plain(inputs).logits, rtol=1e-12, atol=1e-13)
+    found, expected = stacked(inputs).logits, plain(inputs).logits
+    if cadence == "optimizer":
+        assert torch.equal(found, expected)
+    else:  # the same numbers, added up by batched products in chunks
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+        state = stacked(inputs, stacked.initial_state(2)).state
+        for block in state.blocks:
+            assert not any(change.any() for level in block.cms.levels for change in level.change)
 
 
 def test_wrong_stacking_and_wrong_periods_are_refused():
@@ -228,6 +248,43 @@ def test_the_alarm_names_levels_that_never_learn_and_no_others():
     state = model(long, model.initial_state(1))
     assert dead_levels([{n: float(v) for n, v in state.aux.items()}]) == []
     assert dead_levels([{"train/loss_nats": 1.0}]) == []
+
+
+def test_ticks_over_padding_are_no_sign_of_life():
+    model = tiny_model(cms=chain((2, 8)))
+    for segments in (None, torch.tensor([[1] * 6 + [0] * 14, [1] * 3 + [2] * 4 + [0] * 13])):
+        inputs = batch([0, 0], [6, 7])
+        target, mask = (torch.nn.functional.pad(t, (0, 13)) for t in (inputs.target_ids, inputs.loss_mask))
+        mask[0, 6:] = False
+        target[0, 6:] = 0
+        padded = ModelInput(inputs.context_ids, inputs.context_mask, target, mask, segments)
+        aux = {name: float(value) for name, value in model(padded).aux.items()}
+        assert dead_levels([aux]) == ["level_1/block_0", "level_1/block_1"]
+        assert 0 < aux["memory/level_0_updates/block_0"] <= 3
+
+
+def test_the_alarm_sees_levels_that_the_optimizer_updates():
+    model = tiny_model(num_layers=1, cms=chain((1, 4), cadence="optimizer")).train()
+    first, second = (list(level.parameters()) for level in model.layers[0].cms.levels)
+    inputs, history = batch([3], [5]), []
+    for _ in range(4):
+        model.zero_grad()
+        out = model(inputs, target_loss=cross_entropy)
+        history.append({name: float(value) for name, value in out.aux.items()})
+        out.nll.sum().backward()
+        with torch.no_grad():
+            for parameter in first:
+                parameter.sub_(0.1 * parameter.grad)
+            for parameter in second:  # weight decay alone
+                if parameter.dim() > 1:
+                    parameter.mul_(0.9)
+    assert history[-1]["memory/level_0_updates/block_0"] == 3.0
+    assert dead_levels(history) == ["level_1/block_0"]
+    with torch.no_grad():
+        for parameter in second:
+            parameter.sub_(0.1 * parameter.grad)
+    history.append({name: float(value) for name, value in model(inputs).aux.items()})
+    assert dead_levels(history) == []
 
 
 def test_change_stays_bounded_over_a_long_constant_stream():

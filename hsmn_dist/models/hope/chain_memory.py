@@ -97,7 +97,9 @@ class ChainMemory(nn.Module):
                 inner_bias.zero_()
                 outer_bias.zero_()
                 if self.learns_writes and level.period != NEVER:
-                    self.rates[index] = math.log(math.expm1(level.learning_rate))
+                    # softplus never gives 0: a rate of 0 stays outside of it (see `_Walk._tick`).
+                    rate = level.learning_rate
+                    self.rates[index] = math.log(math.expm1(rate)) if rate > 0 else 0.0
             if self.settings.variant == "independent":
                 self.mix.fill_(1.0 / len(self.periods))
 
@@ -118,6 +120,8 @@ class ChainMemory(nn.Module):
         is_single = tokens == 1 and info.segments is None
         offset = None if state is None or is_single else state.num_tokens % size
         layout = chunk_layout(batch, tokens, 1 if is_single else size, info.segments, info.valid, offset, x.device)
+        if info.is_real is not None:
+            walk.is_padding = layout.placed((~info.is_real)[:, None, :, None])[:, 0, :, 0]  # [B, S]
         placed = layout.placed(x[:, None])[:, 0]  # [B, S, D]
         values = self.value(placed) if self.learns_writes else placed.detach()
         before = x.new_zeros(batch, 1, x.shape[2]) if state is None else state.last[:, None].to(x.dtype)
@@ -232,6 +236,7 @@ class _Walk:
         self.longest = max(memory.periods)
         self.num_tokens = torch.zeros(batch, dtype=torch.long, device=device) if state is None else state.num_tokens
         self.host_tokens = 0 if state is None else None  # known without looking at tensors
+        self.is_padding: Tensor | None = None
         self.levels: list[LevelState | None] = []
         self.num_updates = [torch.zeros(batch, device=device) for _ in memory.periods]
         self.gradient_norms = [torch.zeros(batch, device=device) for _ in memory.periods]
@@ -296,28 +301,36 @@ class _Walk:
                 continue
             if self.host_tokens is not None:
                 if does_tick(self.host_tokens, period):
-                    self._tick(number, None)
+                    self._tick(number, None, layout, index)
             else:
-                self._tick(number, (seen % period == 0) & (counted > 0))
+                self._tick(number, (seen % period == 0) & (counted > 0), layout, index)
         self.num_tokens = seen % self.longest
 
-    def _tick(self, index: int, rows: Tensor | None) -> None:
-        """Update level `index` in `rows` [B] (None: in all); in a nested chain the next faster level begins anew."""
+    def _tick(self, index: int, rows: Tensor | None, layout: ChunkLayout, chunk: int) -> None:
+        """Update level `index` in `rows` [B] (None: in all) behind a chunk; nested: the next faster level begins anew."""
         level = self.levels[index]
         assert level is not None
         settings = self.memory.settings
-        if self.memory.learns_writes:
+        if self.memory.learns_writes and settings.levels[index].learning_rate > 0:
             rate = nn.functional.softplus(self.memory.rates[index]).to(level.change[0].dtype)
         else:
             rate = torch.full_like(level.change[1][:1, :1, :1], settings.levels[index].learning_rate)
         rate = rate / self.memory.d_model
         changed = tuple(c - rate * p for c, p in zip(level.change, level.pending, strict=True))
-        changed = _held(changed, self.memory.start(index), settings.largest_growth)
+        start = self.memory.start(index)
+        if not self.memory.learns_writes:  # the bound is the start's norm: it must not carry a gradient either
+            inner, inner_bias, outer, outer_bias = (p.detach() for p in start)
+            start = inner, inner_bias, outer, outer_bias
+        changed = _held(changed, start, settings.largest_growth)
         cleared = tuple(torch.zeros_like(p) for p in level.pending)
         norm = _joint_norm(level.pending).detach()
-        everywhere = torch.ones_like(norm, dtype=torch.bool) if rows is None else rows
-        self.num_updates[index] = self.num_updates[index] + everywhere
-        self.gradient_norms[index] = torch.where(everywhere, norm.float(), self.gradient_norms[index])
+        counted = torch.ones_like(norm, dtype=torch.bool) if rows is None else rows
+        if self.is_padding is not None:  # what padding wrote is no sign of life
+            place = slice(chunk * layout.chunk_size, (chunk + 1) * layout.chunk_size)
+            held = self.is_padding[:, place]
+            counted = counted & ~(held if layout.valid is None else held & layout.valid[:, place]).any(1)
+        self.num_updates[index] = self.num_updates[index] + counted
+        self.gradient_norms[index] = torch.where(counted, norm.float(), self.gradient_norms[index])
         self.levels[index] = _merged(rows, LevelState(changed, cleared, level.base), level)
         if settings.variant == "nested" and index > 0:
             self._begin_anew(index - 1, rows)

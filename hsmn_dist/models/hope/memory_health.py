@@ -28,8 +28,9 @@ def dead_levels(history: Sequence[Mapping[str, float]], smallest_norm: float = S
             if not (name.startswith("memory/level_") and "_updates" in name):
                 continue
             head, _, tail = name.partition("_updates")
-            gradient = entry.get(f"{head}_gradient_norm{tail}", 0.0)
             change = entry.get(f"{head}_change_norm{tail}", 0.0)
+            # Levels that the optimizer updates have no gradient norm: their change comes from gradients alone.
+            gradient = entry.get(f"{head}_gradient_norm{tail}", change)
             learned = updates > 0 and gradient > smallest_norm and change > smallest_norm
             level = head.removeprefix("memory/") + tail
             alive[level] = alive.get(level, False) or bool(learned)

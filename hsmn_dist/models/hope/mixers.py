@@ -30,6 +30,7 @@ class SequenceInfo:
         valid: [B, T] bool, False on padding (right end only); None when all tokens count.
         mask: [B, 1, T, T] bool for attention inside these tokens; None means plainly causal.
         returns_state: states after the last token are wanted.
+        is_real: [B, T] bool, False on padding, for health scalars alone: without a state padding is computed like tokens.
     """
 
     rotary: RotaryTable | None = None
@@ -38,6 +39,7 @@ class SequenceInfo:
     valid: Tensor | None = None
     mask: Tensor | None = None
     returns_state: bool = False
+    is_real: Tensor | None = None
 
 
 @dataclass

@@ -20,11 +20,13 @@ from hsmn_dist.foundation.errors import ModelError
 from hsmn_dist.foundation.param_role import ParamRole
 from hsmn_dist.models.contract import BOS_ID, LanguageModel, ModelInput, ModelOutput, TargetLoss
 from hsmn_dist.models.example_rows import example_rows
+from hsmn_dist.models.hope import bad_input
 from hsmn_dist.models.hope.block import BlockState
 from hsmn_dist.models.hope.build_parts import build_block
 from hsmn_dist.models.hope.fast_state import FastState
 from hsmn_dist.models.hope.mixers import SequenceInfo
 from hsmn_dist.models.hope.rows import Rows, build_rows, reset_points
+from hsmn_dist.models.input_checks import check_continuations
 from hsmn_dist.models.layers.rotary import rotary_table
 
 
@@ -35,7 +37,7 @@ class HopeState(FastState):
     Attributes:
         blocks: one `BlockState` per block.
         num_tokens: [B] tokens read so far (the next position).
-        pending: [B] a stream's last target, not yet read; None while generating.
+        pending: [B] a stream's next token, not yet read (<bos> at its beginning); None behind `start` and `advance`.
     """
 
     blocks: list[BlockState] = field(default_factory=list)
@@ -117,7 +119,8 @@ class HopeModel(LanguageModel):
         """An empty state: given to `forward`, it starts a stream whose state comes back."""
         device = self.norm.weight.device
         blocks = [BlockState() for _ in self.layers]
-        return HopeState(blocks, torch.zeros(batch_size, dtype=torch.long, device=device))
+        zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
+        return HopeState(blocks, zeros, torch.full_like(zeros, BOS_ID))
 
     def forward(
         self, inputs: ModelInput, state: HopeState | None = None, target_loss: TargetLoss | None = None
@@ -129,10 +132,11 @@ class HopeModel(LanguageModel):
         """
         first = None
         if state is not None:
-            state.check_batch(inputs.target_ids.shape[0])
+            bad_input.check_state(state, HopeState, inputs.target_ids.shape[0])
+            bad_input.check_stream(state.pending)
             first = state.pending
         rows = build_rows(inputs, first, self.config.pad_id)
-        _check_tokens(inputs.target_ids, self.vocab_size)  # the last label is never read, and so not in `rows`
+        bad_input.check_tokens(inputs.target_ids, self.vocab_size)  # the last label is never read, and so not in `rows`
         hidden, blocks, aux = self._run(rows, state, returns_state=state is not None)
         after = None
         if state is not None and state.num_tokens is not None:
@@ -165,6 +169,8 @@ class HopeModel(LanguageModel):
 
     def score_continuations(self, inputs: ModelInput, owners: Tensor, target_loss: TargetLoss | None) -> ModelOutput:
         """See `LanguageModel.score_continuations`: each context is read once, its last token pending."""
+        check_continuations(inputs, owners)
+        bad_input.check_context(inputs.context_ids, inputs.context_mask)
         lengths = inputs.context_mask.sum(1)
         if not bool((lengths > 0).all()):
             return super().score_continuations(inputs, owners, target_loss)
@@ -178,6 +184,7 @@ class HopeModel(LanguageModel):
 
     def start(self, context_ids: Tensor, context_mask: Tensor) -> tuple[Tensor, HopeState]:
         """See `LanguageModel.start`."""
+        bad_input.check_context(context_ids, context_mask)
         first = torch.full_like(context_ids[:, :1], BOS_ID) if context_ids.shape[1] else None
         if first is None:
             first = torch.full((context_ids.shape[0], 1), BOS_ID, dtype=torch.long, device=context_mask.device)
@@ -194,14 +201,15 @@ class HopeModel(LanguageModel):
         return self.head(self.norm(last)), HopeState(blocks, lengths)
 
     def advance(self, token_ids: Tensor, state: HopeState) -> tuple[Tensor, HopeState]:
-        """See `LanguageModel.advance`."""
-        state.check_batch(token_ids.shape[0])
+        """See `LanguageModel.advance`. What a stream left pending is read first."""
+        bad_input.check_next(token_ids)
+        bad_input.check_state(state, HopeState, token_ids.shape[0])
         assert state.num_tokens is not None
-        ones = torch.ones_like(token_ids[:, None], dtype=torch.bool)
-        nothing = torch.zeros_like(state.num_tokens)
-        rows = Rows(token_ids[:, None], nothing, nothing[:, None], None, ones, token_ids)
+        tokens = token_ids[:, None] if state.pending is None else torch.stack([state.pending, token_ids], 1)
+        index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        rows = Rows(tokens, index[:, 0], index, None, torch.ones_like(tokens, dtype=torch.bool), token_ids)
         hidden, blocks, _ = self._run(rows, state, returns_state=True, all_valid=True)
-        return self.head(self.norm(hidden[:, 0])), HopeState(blocks, state.num_tokens + 1)
+        return self.head(self.norm(hidden[:, -1])), HopeState(blocks, state.num_tokens + tokens.shape[1])
 
     def _run(
         self, rows: Rows, state: HopeState | None, *, returns_state: bool, all_valid: bool = False
@@ -211,11 +219,11 @@ class HopeModel(LanguageModel):
         if state is not None and state.num_tokens is not None:
             continues = torch.ones_like(positions, dtype=torch.bool) if rows.segments is None else rows.segments == 0
             positions = positions + state.num_tokens[:, None] * continues
-        _check_tokens(rows.tokens, self.vocab_size)
+        bad_input.check_tokens(rows.tokens, self.vocab_size)
         info = self._sequence_info(rows, positions, returns_state, all_valid)
         x = self.embedding(rows.tokens) * self.embedding_scale
         if self.positions is not None:
-            _check_positions(positions, self.config.max_tokens)
+            bad_input.check_positions(positions, rows.valid, self.config.max_tokens)
             x = x + self.positions(positions.clamp(max=self.config.max_tokens - 1))
         x = self.dropout(x)
         blocks: list[BlockState] = []
@@ -231,6 +239,8 @@ class HopeModel(LanguageModel):
         info = SequenceInfo(segments=rows.segments, returns_state=returns_state)
         if returns_state and not all_valid:
             info.valid = rows.valid
+        elif not all_valid:
+            info.is_real = rows.valid
         if self.config.positions == "rotary":
             width = self.config.d_model // self.config.num_heads
             info.rotary = rotary_table(positions, width, self.config.rotary_base)
@@ -294,13 +304,10 @@ class HOPE(nn.Module):
         Args:
             tokens: [B, T] ids, T >= 1; nothing is put in front of them.
             targets: [B, T] labels of the same positions as `tokens`: the model predicts targets[:, t + 1] from tokens up
-                to t, as in `model(tokens, tokens)`. Labels below 0 are not scored.
+                to t, as in `model(tokens, tokens)`. Labels below 0 are not scored; without any other the loss is 0.
             targets_are_shifted: targets[:, t] is already the label of position t.
         """
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
-            raise ModelError(
-                f"tokens of shape {tuple(tokens.shape)}", allowed="[B, T] with T >= 1", action="pass a batch of rows"
-            )
+        bad_input.check_simple(tokens, targets, targets_are_shifted, self.model.vocab_size)
         index = torch.arange(tokens.shape[1], device=tokens.device)[None].expand(tokens.shape[0], -1)
         valid = torch.ones_like(tokens, dtype=torch.bool)
         rows = Rows(tokens, torch.zeros_like(tokens[:, 0]), index, None, valid, tokens[:, -1])
@@ -310,13 +317,23 @@ class HOPE(nn.Module):
             return logits, None
         scored, labels = (logits, targets) if targets_are_shifted else (logits[:, :-1], targets[:, 1:])
         labels = torch.where(labels < 0, torch.full_like(labels, -100), labels)
-        return logits, nn.functional.cross_entropy(scored.flatten(0, 1).float(), labels.flatten())
+        loss = nn.functional.cross_entropy(scored.flatten(0, 1).float(), labels.flatten())
+        # The mean over nothing is NaN, and one such batch would end a training.
+        return logits, torch.where((labels >= 0).any(), loss, torch.zeros_like(loss))
 
     @torch.no_grad()
     def generate(self, prompt: Tensor, max_new_tokens: int = 50, temperature: float = 0.8) -> Tensor:
         """Append `max_new_tokens` sampled tokens to `prompt` [B, T]; temperature 0 takes the likeliest: [B, T + new]."""
+        bad_input.check_simple(prompt, None, False, self.model.vocab_size)
+        bad_input.check_generation(max_new_tokens, temperature)
         was_training = self.training
         self.eval()
+        try:
+            return self._continued(prompt, max_new_tokens, temperature)
+        finally:
+            self.train(was_training)
+
+    def _continued(self, prompt: Tensor, max_new_tokens: int, temperature: float) -> Tensor:
         lengths = torch.full((prompt.shape[0],), prompt.shape[1], device=prompt.device)
         logits, state = self.model.read(prompt, lengths)
         tokens = [prompt]
@@ -328,7 +345,6 @@ class HOPE(nn.Module):
             tokens.append(token)
             if number + 1 < max_new_tokens:
                 logits, state = self.model.advance(token[:, 0], state)
-        self.train(was_training)
         return torch.cat(tokens, 1)
 
 
@@ -339,27 +355,3 @@ def _component(name: str) -> str:
         if f".{part}." in name or f".{part}_norm." in name:
             return part
     return "head"
-
-
-def _check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    # On a GPU this would wait for the device; there the lookup itself refuses.
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or tokens.numel() == 0:
-        return
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocab_size:
-        raise ModelError(
-            f"token ids from {low} to {high} with a vocabulary of {vocab_size}",
-            allowed=f"ids in [0, {vocab_size})",
-            action="use the tokenizer that the model was built for, or raise `model.vocab_size`",
-        )
-
-
-def _check_positions(positions: Tensor, max_tokens: int) -> None:
-    if positions.device.type != "cpu" or torch.compiler.is_compiling() or positions.numel() == 0:
-        return
-    if int(positions.max()) >= max_tokens:
-        raise ModelError(
-            f"position {int(positions.max())} with learned positions",
-            allowed=f"positions below `model.max_tokens` = {max_tokens}",
-            action="raise `model.max_tokens`, shorten the rows, or use `model.positions: rotary`",
-        )

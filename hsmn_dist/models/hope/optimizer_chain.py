@@ -23,6 +23,9 @@ class OptimizerChain(nn.Module):
     def __init__(self, d_model: int, settings: CmsConfig) -> None:
         super().__init__()
         self.settings = settings
+        self._seen: dict[
+            int, tuple[Tensor, Tensor, Tensor]
+        ] = {}  # biases at first, biases last, updates; for health alone
         self.levels = nn.ModuleList(FeedForward(d_model, level.hidden_units, "gelu") for level in settings.levels)
         if settings.variant == "independent":
             self.mix = nn.Parameter(torch.empty(len(self.levels)))
@@ -32,6 +35,28 @@ class OptimizerChain(nn.Module):
         """Equal shares of independent levels; the maps are drawn by the model."""
         if self.settings.variant == "independent":
             nn.init.constant_(self.mix, 1.0 / len(self.levels))
+
+    @torch.no_grad()
+    def _health(self) -> dict[str, Tensor]:
+        """Per level: updates seen so far and the way its biases went. Weight decay leaves biases alone, so only gradients
+        move them. A training step later than its update; nothing while a compiler traces or weights are sharded away.
+        """
+        if torch.compiler.is_compiling() or not self.training:
+            return {}
+        found: dict[str, Tensor] = {}
+        for index, level in enumerate(self.levels):
+            biases = [p.detach().flatten() for name, p in level.named_parameters() if name.endswith("bias")]
+            now = torch.cat(biases).float()
+            if now.numel() == 0:
+                continue
+            first, last, num_updates = self._seen.get(index, (now, now, now.new_zeros(())))
+            if first.shape != now.shape or first.device != now.device:
+                first, last, num_updates = now, now, now.new_zeros(())
+            num_updates = num_updates + (now != last).any()
+            self._seen[index] = (first, now, num_updates)
+            found[f"memory/level_{index}_updates"] = num_updates
+            found[f"memory/level_{index}_change_norm"] = (now - first).norm()
+        return found
 
     def parameter_periods(self) -> dict[str, int]:
         """Optimizer steps between two updates, by parameter name; period 0 (never inside a sequence) is every step."""
@@ -54,4 +79,4 @@ class OptimizerChain(nn.Module):
             else:
                 out = level(y)
             y = out if index == 0 else y + out
-        return y, None, {}
+        return y, None, self._health()

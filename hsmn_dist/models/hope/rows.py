@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hsmn_dist.foundation.errors import ModelError
 from hsmn_dist.models.contract import BOS_ID, ModelInput
+from hsmn_dist.models.input_checks import check_ids, check_left_aligned
 
 
 @dataclass
@@ -115,6 +116,9 @@ def _num_targets(target: Tensor, loss_mask: Tensor, pad_id: int) -> Tensor:
 
 
 def _check_shapes(inputs: ModelInput) -> None:
+    check_ids(inputs.context_ids, inputs.context_mask, "context")
+    check_ids(inputs.target_ids, inputs.loss_mask, "target")
+    check_left_aligned(inputs.context_mask, "context")
     shapes = {
         "context_ids": inputs.context_ids.shape,
         "context_mask": inputs.context_mask.shape,
@@ -122,11 +126,7 @@ def _check_shapes(inputs: ModelInput) -> None:
         "loss_mask": inputs.loss_mask.shape,
     }
     wrong = (
-        inputs.target_ids.dim() != 2
-        or inputs.context_ids.dim() != 2
-        or inputs.target_ids.shape[1] == 0
-        or inputs.context_ids.shape != inputs.context_mask.shape
-        or inputs.target_ids.shape != inputs.loss_mask.shape
+        inputs.target_ids.shape[1] == 0
         or inputs.context_ids.shape[0] != inputs.target_ids.shape[0]
         or (inputs.segment_ids is not None and inputs.segment_ids.shape != inputs.target_ids.shape)
     )

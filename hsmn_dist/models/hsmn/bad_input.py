@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hsmn_dist.config.models import HsmnConfig
 from hsmn_dist.foundation.errors import ModelError
+from hsmn_dist.models import input_checks
 from hsmn_dist.models.contract import ModelInput
 
 
@@ -54,10 +54,17 @@ def check_inputs(inputs: ModelInput, config: HsmnConfig, state: Any) -> None:
 def check_context(ids: Tensor, mask: Tensor, config: HsmnConfig) -> None:
     """Raises ModelError unless the context can be read."""
     check_ids(ids, mask, "context", config)
+    input_checks.check_left_aligned(mask, "context")
 
 
 def check_token(token_ids: Tensor, state: Any, config: HsmnConfig) -> None:
     """Raises ModelError unless `token_ids` [B] can be appended to `state`."""
+    if token_ids.dim() != 1:
+        raise ModelError(
+            f"new tokens of shape {list(token_ids.shape)}",
+            allowed="one token a row: integers [batch]",
+            action="pass logits.argmax(-1), or the next column of the target",
+        )
     begun = _check_state(state, token_ids.shape[0])
     _check_length(begun + 1, config)
     check_ids(token_ids[:, None], None, "new target", config)
@@ -65,14 +72,8 @@ def check_token(token_ids: Tensor, state: Any, config: HsmnConfig) -> None:
 
 def check_ids(ids: Tensor, mask: Tensor | None, name: str, config: HsmnConfig) -> None:
     """Raises ModelError on ids of a wrong shape or type, or without a row in the token table."""
-    if ids.dim() != 2 or ids.is_floating_point() or (mask is not None and mask.shape != ids.shape):
-        masked = "" if mask is None else f" with a mask {list(mask.shape)}"
-        raise ModelError(
-            f"{name} ids {list(ids.shape)} of {ids.dtype}{masked}",
-            allowed="integers [batch, tokens] and a bool mask of the same shape",
-            action="mend the collate function",
-        )
-    if torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
+    input_checks.check_ids(ids, mask, name)
+    if not input_checks.may_look_at(ids):
         return
     lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0 or highest >= config.vocab_size:
@@ -84,13 +85,20 @@ def check_ids(ids: Tensor, mask: Tensor | None, name: str, config: HsmnConfig) -
 
 
 def _check_state(state: Any, batch_size: int) -> int:
-    if getattr(state, "batch_size", None) != batch_size:
+    decoder = getattr(state, "decoder", None)
+    if decoder is None:
         raise ModelError(
-            f"a state of batch size {getattr(state, 'batch_size', 'unknown')} for {batch_size} tokens",
+            f"a state of type {type(state).__name__} given to HSMN",
+            allowed="an HsmnState of start(), open_target(), advance() or forward()",
+            action="begin with start() or open_target(), and pass on the state that came back",
+        )
+    if decoder.batch_size != batch_size:
+        raise ModelError(
+            f"a state of batch size {decoder.batch_size} for {batch_size} tokens",
             allowed="the state that the same batch was started with",
             action="start the new batch with its own contexts",
         )
-    return state.decoder.num_tokens
+    return int(decoder.num_tokens)
 
 
 def _check_length(num_tokens: int, config: HsmnConfig) -> None:

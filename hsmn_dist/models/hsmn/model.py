@@ -26,6 +26,7 @@ from hsmn_dist.models.hsmn.leaf_exchange import LeafExchange
 from hsmn_dist.models.hsmn.memory_codes import MemoryCodes
 from hsmn_dist.models.hsmn.memory_tree import MemoryTree, Tree, node_layout
 from hsmn_dist.models.hsmn.reasoning_decoder import DecoderState, ReasoningBlock, ReasoningDecoder
+from hsmn_dist.models.input_checks import check_continuations
 
 COMPONENTS = {
     "context_embedding": "embedding",
@@ -260,6 +261,7 @@ class HsmnModel(LanguageModel):
 
     def score_continuations(self, inputs: ModelInput, owners: Tensor, target_loss: TargetLoss | None) -> ModelOutput:
         """See `LanguageModel.score_continuations`: the tree of each context is built once."""
+        check_continuations(inputs, owners)
         bad_input.check_context(inputs.context_ids, inputs.context_mask, self.config)
         memory, is_valid = self.read_context(inputs.context_ids, inputs.context_mask)
         state = self.open_target(memory.index_select(0, owners), is_valid.index_select(0, owners))

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hsmn_dist.foundation.errors import ModelError
 from hsmn_dist.models.layers.attention import Attention
 from hsmn_dist.models.layers.feed_forward import Activation, FeedForward
 from hsmn_dist.models.layers.kv_cache import LayerCache
@@ -149,7 +150,17 @@ class ReasoningDecoder(nn.Module):
         return DecoderState(caches, prepared, memory_mask, 0, [None] * len(caches))
 
     def extend(self, embedded: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """Read a further window [B, T, D]; hidden [B, T, D] and the new state (the old one must not be used again)."""
+        """Read a further window [B, T, D]; hidden [B, T, D] and the new state.
+
+        Raises:
+            ModelError: the old state was used before (its caches hold another future by now).
+        """
+        if any(cache.num_appended != state.num_tokens for cache in state.caches):
+            raise ModelError(
+                f"a state of {state.num_tokens} target tokens whose cache has gone on to {state.caches[0].num_appended}",
+                allowed="each state is advanced once",
+                action="take state.fork() before going on in two ways",
+            )
         x = self._embed(embedded, state.num_tokens)
         fast = []
         for index, block in enumerate(self.stack):

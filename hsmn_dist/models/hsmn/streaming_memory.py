@@ -111,6 +111,8 @@ class StreamingMemory:
                 allowed=f"{self.batch_size} sequences",
                 action="make a memory for the new batch",
             )
+        if token_ids.shape[1] == 0 and self.levels:
+            return
         first_open = self.num_finished_chunks
         self.num_tokens += token_ids.shape[1]
         self._tail = torch.cat([self._tail, token_ids], dim=1)

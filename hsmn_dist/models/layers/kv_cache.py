@@ -18,6 +18,7 @@ class LayerCache:
     def __init__(self, span: int = 0) -> None:
         self.span = span
         self.num_tokens = 0
+        self.num_appended = 0  # also what a span has let go
         self._key: Tensor | None = None
         self._value: Tensor | None = None
         self._start = 0
@@ -29,6 +30,7 @@ class LayerCache:
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add [B, H, T, K] keys and values; returns all that queries of the new tokens may see (earlier ones first)."""
+        self.num_appended += key.shape[-2]
         if torch.is_grad_enabled() and key.requires_grad:
             return self._append_differentiable(key, value)
         added = key.shape[-2]
@@ -68,7 +70,7 @@ class LayerCache:
     def fork(self) -> LayerCache:
         """An independent copy."""
         copy = LayerCache(self.span)
-        copy.num_tokens, copy._start = self.num_tokens, self._start
+        copy.num_tokens, copy._start, copy.num_appended = self.num_tokens, self._start, self.num_appended
         copy._key = None if self._key is None else self._key.clone()
         copy._value = None if self._value is None else self._value.clone()
         return copy

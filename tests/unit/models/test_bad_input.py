@@ -211,3 +211,104 @@ def test_a_state_of_another_batch_size_is_refused_by_advance_and_forward(family:
     assert "3" in refusal(lambda: model.advance(torch.tensor([4, 5, 6]), state)).found
     three = inputs_of(tokens(3, 0) if family == "hope" else tokens(3, 9), tokens(3, 4))
     assert "3" in refusal(lambda: model(three, state)).found
+
+
+@every_family
+def test_no_state_and_a_state_of_another_family_are_refused(family: str) -> None:
+    model, context = fresh(family), tokens(2, 9)
+    other = fresh("hope" if family != "hope" else "hsmn")
+    _, foreign = other.start(context, torch.ones_like(context).bool())
+    for state in (None, foreign, torch.zeros(2), object()):
+        error = refusal(lambda state=state: model.advance(torch.tensor([4, 5]), state))  # type: ignore[misc]
+        assert type(state).__name__ in error.found
+    assert type(foreign).__name__ in refusal(lambda: model(inputs_of(context, tokens(2, 4)), foreign)).found
+
+
+@every_family
+def test_a_state_behind_which_nothing_is_pending_is_refused_by_forward(family: str) -> None:
+    model, context = fresh(family), tokens(2, 9)
+    _, state = model.start(context, torch.ones_like(context).bool())
+    assert "given to forward()" in refusal(lambda: model(inputs_of(tokens(2, 0), tokens(2, 4)), state)).found
+
+
+@every_family
+def test_ids_that_are_not_integers_are_refused_wherever_they_enter(family: str) -> None:
+    model, context, target = fresh(family), tokens(2, 9), tokens(2, 4)
+    mask = torch.ones_like(context).bool()
+    _, state = model.start(context, mask)
+    owners = torch.tensor([0, 1])
+    for wrong in (torch.float32, torch.bool):
+        for call in (
+            lambda w=wrong: model(inputs_of(context.to(w), target)),
+            lambda w=wrong: model(inputs_of(context, target.to(w))),
+            lambda w=wrong: model.start(context.to(w), mask),
+            lambda w=wrong: model.advance(torch.tensor([4, 5]).to(w), state),
+            lambda w=wrong: model.score_continuations(inputs_of(context.to(w), target), owners, None),
+        ):
+            assert str(wrong) in refusal(call).found
+    assert "[2, 1]" in refusal(lambda: model.advance(torch.tensor([[4], [5]]), state)).found
+
+
+@every_family
+def test_masks_of_another_batch_or_type_and_batches_without_rows_are_refused(family: str) -> None:
+    model, context, target = fresh(family), tokens(2, 9), tokens(2, 4)
+    mask, scored = torch.ones_like(context).bool(), torch.ones_like(target).bool()
+    for call in (
+        lambda: model(ModelInput(context, mask[:1], target, scored)),
+        lambda: model(ModelInput(context, mask, target, scored[:1])),
+        lambda: model(ModelInput(context, mask.long(), target, scored)),
+        lambda: model(ModelInput(context[:1], mask[:1], target, scored)),
+        lambda: model.start(context, mask[:1]),
+        lambda: model.start(context, mask[:, :4]),
+        lambda: model(inputs_of(context[:0], target[:0])),
+        lambda: model.start(context[:0], mask[:0]),
+        lambda: generate_tokens(model, context[:0], mask[:0], GenerationSettings(max_new_tokens=1)),
+    ):
+        assert isinstance(refusal(call), ModelError)
+
+
+@every_family
+def test_padding_in_front_of_a_context_is_refused_by_every_door(family: str) -> None:
+    model, context, target = fresh(family), tokens(2, 9), tokens(2, 4)
+    mask = torch.ones_like(context).bool()
+    mask[1, :3] = False
+    inputs = ModelInput(context, mask, target, torch.ones_like(target).bool())
+    for call in (
+        lambda: model(inputs),
+        lambda: model(inputs, target_loss=cross_entropy),
+        lambda: model.forward_windows(inputs),
+        lambda: model.start(context, mask),
+        lambda: generate_tokens(model, context, mask, GenerationSettings(max_new_tokens=1)),
+        lambda: model.score_continuations(inputs, torch.tensor([0, 1]), cross_entropy),
+    ):
+        assert "row 1" in refusal(call).found
+
+
+@every_family
+def test_continuations_without_tokens_or_without_their_contexts_are_refused(family: str) -> None:
+    model, context, target = fresh(family), tokens(2, 9), tokens(3, 4)
+    owners = torch.tensor([0, 1, 1])
+    score = model.score_continuations
+    for call in (
+        lambda: score(inputs_of(context, target[:, :0]), owners, cross_entropy),
+        lambda: score(inputs_of(context, target), owners[:2], cross_entropy),
+        lambda: score(inputs_of(context, target), owners + 1, cross_entropy),
+        lambda: score(inputs_of(context, target), owners.float(), cross_entropy),
+    ):
+        assert "owners" in refusal(call).found
+
+
+@with_chunks
+@pytest.mark.parametrize("span", [0, 2])
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_a_state_that_was_advanced_is_refused_and_a_fork_goes_on(family: str, span: int, has_gradients: bool) -> None:
+    model, context = fresh(family, attention_span_tokens=span), tokens(2, 9)
+    with torch.set_grad_enabled(has_gradients):
+        _, state = model.start(context, torch.ones_like(context).bool())
+        fork = state.fork()
+        token = torch.tensor([4, 5])
+        expected, after = model.advance(token, state)
+        for _ in range(2):
+            assert "cache has gone on" in refusal(lambda: model.advance(token, state)).found
+        torch.testing.assert_close(model.advance(token, fork)[0], expected)
+        model.advance(token, after)

@@ -138,6 +138,26 @@ def test_a_stream_with_pieces_that_are_all_padding_for_a_row_equals_the_row_alon
         assert int(state.pending[index]) == int(target[0, -1])
 
 
+def test_a_generation_goes_on_from_a_stream_and_reads_its_pending_token_first():
+    model, inputs = tiny_model(cms=chain()), batch([5, 5], [7, 7])
+    stream = ModelInput(inputs.context_ids, inputs.context_mask, inputs.target_ids[:, :3], inputs.loss_mask[:, :3])
+    state, expected = model(stream, model.initial_state(2)).state, model(inputs).logits
+    for step in range(3, 6):
+        logits, state = model.advance(inputs.target_ids[:, step], state)
+        _close(logits, expected[:, step + 1])
+
+
+def test_only_padding_may_stand_beyond_the_learned_positions():
+    model = tiny_model(positions="learned", max_tokens=8)
+    inputs = batch([6, 0], [2, 8])  # 14 columns; no row is longer than 8
+    for index in range(2):
+        alone = row(inputs, index)
+        found = model(inputs).logits[index : index + 1, : alone.target_ids.shape[1]]
+        _close(found, model(alone).logits)
+    with pytest.raises(ModelError, match="position 8"):
+        model(batch([7, 0], [2, 8]))
+
+
 def test_a_context_without_targets_leaves_its_last_token_pending():
     model = tiny_model()
     inputs, context = batch([3, 2], [2, 2]), batch([3, 2], [1, 1])
@@ -268,6 +288,39 @@ def test_bad_inputs_get_the_three_part_message():
         tiny_model(positions="learned", max_tokens=4)(inputs)
     with pytest.raises(ModelError, match="num_heads"):
         HOPE(vocab_size=29, dim=10, num_heads=3, num_layers=1)
+
+
+def test_the_simple_interface_scores_nothing_as_zero_without_gradient():
+    model = HOPE(vocab_size=29, dim=16, num_layers=1, num_heads=2)
+    tokens = torch.randint(0, 29, (2, 5))
+    _, loss = model(tokens, torch.full_like(tokens, -100))
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_bad_arguments_of_the_simple_interface_get_the_three_part_message():
+    model = HOPE(vocab_size=29, dim=16, num_layers=1, num_heads=2).train()
+    tokens = torch.randint(0, 29, (2, 5))
+    for call, words in (
+        (lambda: model(tokens[:, :1], tokens[:, :1]), "one token"),
+        (lambda: model(tokens, tokens.clamp(min=29)), "label 29"),
+        (lambda: model(tokens, tokens[:, :4]), "targets of shape"),
+        (lambda: model(tokens, tokens[:1]), "targets of shape"),
+        (lambda: model(tokens, tokens.float()), "targets of shape"),
+        (lambda: model(tokens.float()), "tokens of shape"),
+        (lambda: model(tokens[:0]), "tokens of shape"),
+        (lambda: model(tokens[0]), "tokens of shape"),
+        (lambda: model.generate(tokens[:, :0]), "tokens of shape"),
+        (lambda: model.generate(tokens + 29), "vocabulary"),
+        (lambda: model.generate(tokens, max_new_tokens=-1), "max_new_tokens"),
+        (lambda: model.generate(tokens, temperature=float("nan")), "temperature"),
+    ):
+        with pytest.raises(ModelError, match=words) as error:
+            call()
+        assert error.value.found and error.value.allowed and error.value.action
+        assert model.training and model.model.training
+    assert torch.isfinite(model(tokens[:, :1], tokens[:, :1], targets_are_shifted=True)[1])
 
 
 def test_heads_that_do_not_divide_the_width_are_refused_by_the_configuration():

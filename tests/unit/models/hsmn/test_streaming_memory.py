@@ -37,6 +37,17 @@ def test_an_empty_memory_equals_an_empty_context():
     torch.testing.assert_close(logits, expected)
 
 
+@pytest.mark.parametrize("length", [1, 5, 6, 8, 9, 12, 15, 21])
+def test_appending_nothing_changes_nothing_also_where_every_chunk_is_full(length):
+    model = tiny_model()
+    memory = StreamingMemory(model)
+    memory.append(torch.randint(4, 31, (1, length)))
+    before, computed = memory.nodes(), memory.num_nodes_computed
+    memory.append(torch.zeros((1, 0), dtype=torch.int64))
+    assert all(torch.equal(a, b) for a, b in zip(before, memory.nodes(), strict=True))
+    assert memory.num_tokens == length and memory.num_nodes_computed == computed
+
+
 def test_an_appended_chunk_touches_a_logarithmic_number_of_nodes():
     model = tiny_model()
     memory = StreamingMemory(model)
