@@ -50,6 +50,7 @@ ENVIRONMENT_FILES = {
     "orchestration/ray_launcher.py",
     "orchestration/launcher.py",
     "orchestration/private_ray.py",
+    "foundation/process_memory.py",  # one switch of torch, before its first tensor: docs/decisions/0086
     "foundation/redact.py",  # only to know which values to hide: docs/decisions/0083
 }
 MAX_FILE_LINES = 500

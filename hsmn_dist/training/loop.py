@@ -319,7 +319,8 @@ class _Stage:
         else:
             log.warning("step %d: loss %g, gradient norm %g: %s", step, loss, stats.gradient_norm, verdict)
             state.num_skipped_steps += 1
-            check_budget(training, step, state.num_skipped_steps)
+            is_finite = math.isfinite(loss) and math.isfinite(stats.gradient_norm)
+            check_budget(training, step, state.num_skipped_steps, is_finite)
         return stats, loss, verdict
 
     def _edit_weights(self, step: int, rate: float) -> None:

@@ -58,16 +58,16 @@ def judge(training: TrainingConfig, step: int, loss: float, gradient_norm: float
     return training.on_loss_spike
 
 
-def check_budget(training: TrainingConfig, step: int, num_spent: int) -> None:
-    """Refuse to skip or go back once more than the stage allows.
+def check_budget(training: TrainingConfig, step: int, num_spent: int, is_finite: bool) -> None:
+    """Refuse to skip or go back once more than the stage allows; `is_finite` says what the last such step was like.
 
     Raises:
-        StageFailed: kind "non_finite".
+        StageFailed: kind "loss_spike" where its numbers were finite, else "non_finite".
     """
     if num_spent > training.max_skipped_steps:
         raise StageFailed(
             f"step {step}: {num_spent} steps were skipped or rolled back",
             allowed=f"{training.max_skipped_steps} (training.max_skipped_steps)",
             action="lower the learning rate or look at the data of these steps; the last checkpoint is whole",
-            kind="non_finite",
+            kind="loss_spike" if is_finite else "non_finite",
         )

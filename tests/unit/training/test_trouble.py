@@ -52,7 +52,9 @@ def test_a_spike_follows_its_own_policy_and_is_ignored_by_default() -> None:
     assert stopped.value.kind == "loss_spike"
 
 
-def test_the_budget_is_exact() -> None:
-    check_budget(TrainingConfig(max_skipped_steps=2), 5, 2)
-    with pytest.raises(StageFailed, match="3 steps"):
-        check_budget(TrainingConfig(max_skipped_steps=2), 5, 3)
+@pytest.mark.parametrize(("is_finite", "kind"), [(True, "loss_spike"), (False, "non_finite")])
+def test_the_budget_is_exact_and_names_what_spent_it(is_finite: bool, kind: str) -> None:
+    check_budget(TrainingConfig(max_skipped_steps=2), 5, 2, is_finite)
+    with pytest.raises(StageFailed, match="3 steps") as stopped:
+        check_budget(TrainingConfig(max_skipped_steps=2), 5, 3, is_finite)
+    assert stopped.value.kind == kind
