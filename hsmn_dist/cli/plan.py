@@ -134,15 +134,15 @@ def plan_text(answer: Plan, source: str) -> str:
         f"{layout.micro_batch_examples} x {answer.micro_batches} accumulated x {gpus} ranks = "
         f"{answer.global_batch_examples} examples, checkpointing {layout.activation_checkpointing}",
         f"memory per rank: {format_bytes(answer.memory.total)} of {format_bytes(answer.usable_bytes)}: {verdict}; "
-        f"largest: {answer.memory.largest}",
+        f"fullest in the {answer.memory.fullest.name}, largest: {answer.memory.largest}",
         *(f"  {kind:<12} {format_bytes(size):>12}" for kind, size in answer.memory.kinds.items()),
     ]
     if answer.memory.host:
         rows.append(f"  in host memory {format_bytes(answer.memory.host)}")
     rows += [
         f"FLOPs per token: {format_count(answer.flops_per_token)}",
-        f"step: {step.total:.3f} s (compute {step.compute:.3f}, optimizer {step.optimizer:.4f}, communication "
-        f"{step.communication:.3f} of which {step.exposed:.3f} shows); {format_bytes(answer.communication_bytes)} a rank",
+        f"step: {step.total:.3f} s (compute {step.compute:.3f}, launches {step.launches:.3f}, optimizer "
+        f"{step.optimizer:.4f}, communication {step.communication:.3f} of which {step.exposed:.3f} shows); {format_bytes(answer.communication_bytes)} a rank",
         f"rate: {answer.tokens_per_second:,.0f} tokens/s, MFU {answer.mfu:.1%}",
         f"run: {format_seconds(answer.hours * 3600)}, {answer.gpu_hours:,.1f} GPU hours{cost} (scoring not included)",
         f"storage: checkpoint {format_bytes(answer.checkpoint_bytes)}, wants "

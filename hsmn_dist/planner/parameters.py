@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from hsmn_dist.config.models import ModelConfig
+from hsmn_dist.foundation.param_role import ParamRole
 from hsmn_dist.models.build import construct_model
 
 
@@ -22,12 +23,16 @@ class ParameterCount:
         by_component: elements of each component.
         num_blocks: blocks that activation checkpointing may wrap.
         largest_block: elements of the largest of them.
+        matrices: shapes of the hidden matrices, which a matrix rule (Muon, M3, deep momentum) updates whole.
+        periodic: elements that are updated every several steps only (`HopeModel.parameter_periods`).
     """
 
     sizes: tuple[int, ...]
     by_component: dict[str, int]
     num_blocks: int
     largest_block: int
+    matrices: tuple[tuple[int, int], ...] = ()
+    periodic: int = 0
 
     @property
     def total(self) -> int:
@@ -52,4 +57,14 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     for name, component in model.parameter_components().items():
         by_component[component] = by_component.get(component, 0) + sizes[name]
     blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks]
-    return ParameterCount(tuple(sizes.values()), by_component, len(blocks), max(blocks, default=0))
+    roles = model.parameter_roles()
+    shapes = [tuple(p.shape) for name, p in model.named_parameters() if roles[name] is ParamRole.MATRIX]
+    periods: dict[str, int] = getattr(model, "parameter_periods", dict)()
+    return ParameterCount(
+        tuple(sizes.values()),
+        by_component,
+        len(blocks),
+        max(blocks, default=0),
+        tuple((shape[0], shape[1]) for shape in shapes if len(shape) == 2),
+        sum(sizes[name] for name, period in periods.items() if period > 1),
+    )

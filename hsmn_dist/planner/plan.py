@@ -10,18 +10,26 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hsmn_dist.config.models import HsmnConfig
+from hsmn_dist.config.optim import AdamConfig
 from hsmn_dist.config.run import RunConfig
 from hsmn_dist.foundation.errors import PlanError
-from hsmn_dist.planner.communication import Traffic, context_traffic, traffic
+from hsmn_dist.planner.communication import StepTraffic, Traffic, context_traffic, step_traffic
+from hsmn_dist.planner.fisher_memory import measures_fisher
 from hsmn_dist.planner.flops import Lengths, encoded_chunks, forward_flops
-from hsmn_dist.planner.memory import Layout, Memory, memory_per_rank
+from hsmn_dist.planner.memory import FISHER_PASS, Layout, Memory, memory_per_rank
+from hsmn_dist.planner.optimizer_states import optimizer_load
 from hsmn_dist.planner.parameters import ParameterCount, count_parameters
-from hsmn_dist.planner.throughput import Machines, StepTime, model_flops_utilization, step_time
+from hsmn_dist.planner.throughput import (
+    Machines,
+    StepTime,
+    kernels_per_micro_batch,
+    model_flops_utilization,
+    step_time,
+)
 
 RESERVE_SHARE = 0.08
 """Assumption: share of a device's memory for the driver's context, NCCL and fragmentation."""
-CHECKPOINT_BYTES_PER_PARAMETER = 12
-"""fp32 value and two Adam moments (training/shard_files.py)."""
+FP32 = 4
 CHECKPOINT_SHARE = 0.05
 """A checkpoint should take no more than this share of the time between two checkpoints."""
 SHARD_BYTES_PER_TOKEN = 8
@@ -91,7 +99,7 @@ class Plan:
         memory = {"kinds": kinds, "total": round(self.memory.total), "host": round(self.memory.host)}
         return {
             **data,
-            "memory": {**memory, "largest": self.memory.largest},
+            "memory": {**memory, "largest": self.memory.largest, "moment": self.memory.fullest.name},
             "step": {**asdict(self.step), "total": self.step.total},
             "fits": self.fits,
             "cost_per_billion_tokens": self.cost_per_billion_tokens,
@@ -101,13 +109,14 @@ class Plan:
         """The error of a plan that does not fit."""
         from hsmn_dist.foundation.units import format_bytes
 
-        kind = self.memory.largest
+        kind, moment = self.memory.largest, self.memory.fullest.name
+        advice = {**ADVICE, **FISHER_ADVICE} if moment == FISHER_PASS else ADVICE
         return PlanError(
-            f"{self.name}: a rank needs {format_bytes(self.memory.total)} and {self.device} has "
+            f"{self.name}: a rank needs {format_bytes(self.memory.total)} in the {moment} and {self.device} has "
             f"{format_bytes(self.usable_bytes)} for it; the largest term is {kind}, "
             f"{format_bytes(self.memory.kinds[kind])}",
             allowed=f"at most {format_bytes(self.usable_bytes)} a rank",
-            action=ADVICE[kind],
+            action=advice[kind],
         )
 
 
@@ -119,6 +128,11 @@ ADVICE = {
     "activations": "a smaller training.micro_batch_examples, or training.activation_checkpointing every_block",
     "logits": "a smaller training.micro_batch_examples, or shorter data.max_target_tokens",
     "buffers": "more ranks, or a device with more memory (DeepSpeed's buckets have a fixed size)",
+    "fisher": "training.zero_stage 3, which sums layer by layer, or a device with more memory",
+}
+FISHER_ADVICE = {
+    "activations": "a smaller continual.fisher.micro_batch_examples, or training.activation_checkpointing every_block",
+    "logits": "a smaller continual.fisher.micro_batch_examples, or shorter data.max_target_tokens",
 }
 
 
@@ -131,12 +145,8 @@ def plan(
 ) -> Plan:
     """Plan a run.
 
-    Args:
-        config: the run.
-        machines: devices, network and their number; they take the place of the configuration's.
-        price_per_gpu_hour: in any currency.
-        mean: mean tokens of an example; the longest ones when None.
-        parameters: the model's counts, when the caller has them already.
+    `machines` take the place of the configuration's; `mean` are the mean tokens of an example, the longest ones when None;
+    `parameters` the model's counts, when the caller has them already.
 
     Raises:
         PlanError: the batch cannot be dealt to so many ranks, or the planner has no formula for the model.
@@ -149,13 +159,17 @@ def plan(
     if mean is None:
         notes.append(f"time: every example as long as allowed ({longest.tokens} tokens)")
     flops = forward_flops(config.model, lengths)
-    sent = traffic(parameters, layout, micro_batches) + _exchange(config, layout, lengths, micro_batches)
-    step = step_time(flops.per_rank(layout.context_parallel), parameters, layout, sent, machines, micro_batches)
+    load = optimizer_load(config.optim.optimizer, parameters, layout.world_size, layout.is_sharded)
+    sent = step_traffic(parameters, layout, micro_batches, load.exchanged_bytes(layout.world_size))
+    sent = StepTraffic(sent.beside, sent.waiting + _exchange(config, layout, lengths, micro_batches))
+    kernels = kernels_per_micro_batch(config.model, parameters.num_blocks, layout.activation_checkpointing)
+    divided = flops.per_rank(layout.context_parallel)
+    step = step_time(divided, parameters, layout, sent, machines, micro_batches, load, kernels)
     examples = config.training.global_batch_examples
     tokens_per_second = examples * lengths.tokens / step.total
     seconds = _run_seconds(config, step.total, flops.total, machines, layout.element)
     gpu_hours = seconds / 3600 * machines.world_size
-    checkpoint_bytes = CHECKPOINT_BYTES_PER_PARAMETER * parameters.total
+    checkpoint_bytes = FP32 * parameters.total + load.state_bytes  # values and state (training/shard_files.py)
     interval = config.training.checkpoint_every_steps * step.total
     return Plan(
         name=config.name,
@@ -176,7 +190,7 @@ def plan(
         hours=seconds / 3600,
         gpu_hours=gpu_hours,
         cost=None if price_per_gpu_hour is None else gpu_hours * price_per_gpu_hour,
-        communication_bytes=sent.total,
+        communication_bytes=sent.all.total,
         checkpoint_bytes=checkpoint_bytes,
         checkpoint_bytes_per_second=checkpoint_bytes / (CHECKPOINT_SHARE * interval),
         shard_bytes_per_second=tokens_per_second * SHARD_BYTES_PER_TOKEN,
@@ -185,14 +199,15 @@ def plan(
 
 
 def _layout(config: RunConfig, machines: Machines) -> tuple[Layout, int, list[str]]:
-    training, ranks, notes = config.training, machines.world_size, []
+    training, notes = config.training, list[str]()
+    ranks = machines.world_size
     if ranks % training.context_parallel:
         raise PlanError(
             f"training.context_parallel {training.context_parallel} on {ranks} ranks",
             allowed=f"a divisor of {ranks}",
             action="change training.context_parallel or the number of ranks",
         )
-    ranks //= training.context_parallel
+    ranks = training.data_ranks(ranks)
     if training.global_batch_examples % ranks:
         raise PlanError(
             f"training.global_batch_examples {training.global_batch_examples} on {ranks} ranks",
@@ -205,6 +220,13 @@ def _layout(config: RunConfig, machines: Machines) -> tuple[Layout, int, list[st
     if micro != training.micro_batch_examples:
         notes.append(f"micro_batch_examples {training.micro_batch_examples} does not divide {per_rank} a rank: {micro}")
     is_deepspeed = training.engine == "deepspeed"
+    kind = config.optim.optimizer.kind
+    if kind != AdamConfig().kind and training.offload.optimizer != "none":
+        raise PlanError(
+            f"optim.optimizer.kind {kind} with training.offload.optimizer {training.offload.optimizer}",
+            allowed="matrix rules without optimizer offload, or kind adam",
+            action="set training.offload.optimizer to none",
+        )
     layout = Layout(
         world_size=machines.world_size,
         zero_stage=training.zero_stage if is_deepspeed else 0,
@@ -238,7 +260,7 @@ def _run_seconds(config: RunConfig, step: float, forward: float, machines: Machi
         total += steps * step
         validations = steps // training.validate_every_steps
         total += validations * training.num_validation_examples * forward / rate
-        if config.continual.method in ("ewc", "ewc+replay"):
+        if measures_fisher(config):
             total += fisher.num_fisher_examples * 3 * forward / rate
     return total
 
