@@ -10,12 +10,15 @@ import ctypes
 import gc
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from hsmn_dist.config.continual import FisherConfig
 from hsmn_dist.config.models import HopeConfig, HsmnConfig, ModelConfig
 from hsmn_dist.config.optim import OptimConfig
 from hsmn_dist.config.run import RunConfig
@@ -23,9 +26,11 @@ from hsmn_dist.config.training import TrainingConfig
 from hsmn_dist.distributed.world import World
 from hsmn_dist.models.build import build_model
 from hsmn_dist.planner.flops import Lengths
-from hsmn_dist.planner.memory import Layout, Memory, memory_per_rank
+from hsmn_dist.planner.memory import FISHER_PASS, Layout, memory_per_rank
 from hsmn_dist.planner.parameters import count_parameters
 from hsmn_dist.training.build import build_engine
+from hsmn_dist.training.engine import Engine
+from hsmn_dist.training.fisher_pass import run_fisher
 from tests.support.distributed import run_distributed
 from tests.support.planner import full_batch
 
@@ -61,6 +66,16 @@ class Case:
     context_tokens: int = 256
     activation_checkpointing: str = "none"
     engine: str = "deepspeed"
+    rule: str = "adam"
+    fisher_examples: int = 0  # of a Fisher micro-batch; what is measured is then its pass, behind one step
+
+    @property
+    def fisher(self) -> FisherConfig:
+        return FisherConfig(micro_batch_examples=max(1, self.fisher_examples))
+
+    @property
+    def optim(self) -> OptimConfig:
+        return OptimConfig.model_validate({"optimizer": {"kind": self.rule}})
 
     def training(self, world_size: int) -> TrainingConfig:
         return TrainingConfig.model_validate(
@@ -91,27 +106,40 @@ def _settle() -> None:
 
 
 def _measured(world: World, cases: list[Case]) -> list[int]:
-    """Largest resident size of this rank above its start, in the second step of each case."""
+    """Largest resident size of this rank above its start, in the second step or the Fisher pass of each case."""
     found = []
     for case in [Case("warm", 2), *cases]:
         _settle()
         before = _status("VmRSS")
         torch.manual_seed(0)
         model = MODELS[case.model]
-        engine = build_engine(case.training(world.world_size), OptimConfig(), lambda m=model: build_model(m), world)
+        engine = build_engine(case.training(world.world_size), case.optim, partial(build_model, model), world)
         batch = full_batch(case.context_tokens, TARGET_TOKENS, case.micro_batch_examples)
-        for _ in range(2):
+        for _ in range(1 if case.fisher_examples else 2):
             _settle()
             for _ in range(case.micro_batches):
                 engine.forward_backward(batch, 100.0)
             engine.step(1e-3)
+        if case.fisher_examples:
+            del batch
+            _settle()
+            _pass_fisher(engine, case, world)
         found.append(_status("VmHWM") - before)
         engine.close()
         del engine
     return found[1:]
 
 
-def predicted(case: Case, world_size: int) -> Memory:
+def _pass_fisher(engine: Engine, case: Case, world: World) -> None:
+    """One micro-batch on each rank: the check of both ways, the pass, and the sums."""
+    rows = case.fisher_examples
+    index = torch.arange(world.rank * rows, (world.rank + 1) * rows)
+    batch = {**vars(full_batch(case.context_tokens, TARGET_TOKENS, rows)), "example_index": index}
+    run_fisher(engine, [batch], case.fisher, world, rows * world.world_size)
+
+
+def predicted(case: Case, world_size: int) -> tuple[float, str]:
+    """Bytes, and the kind with the most; of a Fisher case those of its pass alone (no EWC buffers are made here)."""
     model = MODELS[case.model]
     training = case.training(world_size)
     layout = Layout(
@@ -129,11 +157,16 @@ def predicted(case: Case, world_size: int) -> Memory:
             "name": "memory",
             "model": model.model_dump(),
             "training": training.model_dump(),
-            "continual": {"method": "none"},
+            "optim": case.optim.model_dump(),
+            "continual": {"method": "ewc" if case.fisher_examples else "none", "fisher": case.fisher.model_dump()},
             "curriculum": {"stages": [{"name": "one", "datasets": [{"name": "word_problems"}]}]},
         }
     )
-    return memory_per_rank(config, count_parameters(model), layout, Lengths(case.context_tokens, TARGET_TOKENS))
+    memory = memory_per_rank(config, count_parameters(model), layout, Lengths(case.context_tokens, TARGET_TOKENS))
+    if case.fisher_examples:
+        passes = tuple(moment for moment in memory.moments if moment.name == FISHER_PASS)
+        memory = replace(memory, moments=passes, ewc=0.0)
+    return memory.total, memory.largest
 
 
 @pytest.fixture(autouse=True)
@@ -150,12 +183,13 @@ def compare(cases: list[Case], world_size: int) -> None:
     print()
     for index, case in enumerate(cases):
         measured = max(rank[index] for rank in by_rank)
-        memory = predicted(case, world_size)
-        ratio = memory.total / measured
+        total, largest = predicted(case, world_size)
+        ratio = total / measured
         line = (
             f"{case.model:5} ranks {world_size} ZeRO {case.zero_stage} {case.precision} {case.engine:9} "
             f"micro-batches {case.micro_batches} recompute {case.activation_checkpointing:11} context "
-            f"{case.context_tokens}: predicted {memory.total / 1e6:7.1f} MB ({memory.largest}), measured "
+            f"{case.context_tokens} {case.rule} Fisher {case.fisher_examples}: predicted {total / 1e6:7.1f} MB "
+            f"({largest}), measured "
             f"{measured / 1e6:7.1f} MB, ratio {ratio:.3f}"
         )
         print(line)
@@ -204,3 +238,9 @@ def test_predicted_memory_holds_for_hope_bf16_recomputation_and_long_contexts() 
 @pytest.mark.slow
 def test_predicted_memory_holds_for_the_one_process_engine() -> None:
     compare([Case("hsmn", 0, engine="local"), Case("hsmn", 0, "bf16", engine="local")], 1)
+
+
+@pytest.mark.slow
+def test_predicted_memory_holds_for_a_matrix_rule_and_for_the_fisher_pass() -> None:
+    small: dict[str, Any] = {"engine": "local", "micro_batches": 1, "micro_batch_examples": 1}
+    compare([Case("hsmn", 0, rule="muon", context_tokens=128, **small), Case("hsmn", 0, fisher_examples=3, **small)], 1)
