@@ -5,6 +5,6 @@ config=${1:?usage: jobs/train.sh CONFIG RUN_ROOT [NAME]}
 root=${2:?usage: jobs/train.sh CONFIG RUN_ROOT [NAME]}
 name=${3:-$(basename "$config" .yaml)}
 cd "$(dirname "$0")/.."
-# CPUS are the driver's own, beside its ranks'. CPUS=0 where the ranks need every core of the cluster: the driver runs on the head.
-exec jobs/ray_submit.sh --entrypoint-num-cpus "${CPUS:-1}" -- "${PYTHON:-python}" -m hsmn_dist ensure "$config" \
+# CPUS are the driver's own, beside its ranks'. With 0 it runs on the head: where the ranks need every core, a core of its own would wait for ever.
+exec jobs/ray_submit.sh --entrypoint-num-cpus "${CPUS:-0}" -- "${PYTHON:-python}" -m hsmn_dist ensure "$config" \
   --name "$name" --set "run_root=$root" --set cluster.ray_address=auto --set cluster.launcher=ray
