@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hsmn_dist.tracking.jsonl_tracker import read_series
-from tests.support.whole_job import only_run, one_stage, run_command
+from tests.support.whole_job import one_stage, only_run, run_command
 
 PLAIN = ("training.engine=local", "cluster.launcher=inline", "cluster.ranks_per_node=1", "continual.method=none")
 

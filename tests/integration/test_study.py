@@ -66,7 +66,9 @@ def test_a_study_goes_on_where_it_was_cut_off_and_reports_every_method(tmp_path:
     assert first.status == 0, first.errors
     second = run_command("study", str(path), folder=tmp_path)
     assert second.status == 0, second.errors
-    assert len(list((tmp_path / "runs" / "tiny").glob("*/scorecard.json"))) == len(TINY["variants"]), "the finished run was run again"
+    assert len(list((tmp_path / "runs" / "tiny").glob("*/scorecard.json"))) == len(TINY["variants"]), (
+        "the finished run was run again"
+    )
     report = json.loads((tmp_path / "runs" / "tiny" / "study.json").read_text())
     assert [line["variant"] for line in report["variants"]] == list(TINY["variants"])
     by_name = {line["variant"]: line for line in report["variants"]}
