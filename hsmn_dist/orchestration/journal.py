@@ -44,7 +44,7 @@ def read_events(path: Path) -> list[Event]:
             continue
         try:
             event = json.loads(line)
-            if not isinstance(event, dict) or "event" not in event:
+            if not isinstance(event, dict) or not isinstance(event.get("event"), str):
                 raise ValueError("not an event")
         except (ValueError, RecursionError) as error:
             if number >= len(lines) - 1 or _was_torn(lines, number):
