@@ -29,7 +29,7 @@ from hsmn_dist.distributed.collectives import barrier, broadcast_object
 from hsmn_dist.distributed.shards import ParamShard, owned_range
 from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.errors import CheckpointError
-from hsmn_dist.foundation.files import is_inside, read_json, sha256_of_file, write_manifest
+from hsmn_dist.foundation.files import file_problem, is_inside, read_json, write_manifest
 
 MANIFEST = "manifest.json"
 FORMAT = "hsmn_dist.ewc"
@@ -237,13 +237,12 @@ def _check_coverage(folder: Path, shapes: dict[str, tuple[int, ...]], pieces: di
 
 def _verify(folder: Path, manifest: dict[str, Any], files: Sequence[str]) -> None:
     for file in files:
-        path, entry = folder / file, manifest["files"].get(file)
-        if not path.is_file():
-            raise _damaged(path, "is missing")
-        if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
-            raise _damaged(path, f"has {path.stat().st_size} bytes, which is not what the manifest says")
-        if sha256_of_file(path) != entry.get("sha256"):
-            raise _damaged(path, "has another SHA-256 than the manifest says")
+        entry = manifest["files"].get(file)
+        if not isinstance(entry, dict):
+            raise _damaged(folder / file, "is not in the manifest's list of files")
+        problem = file_problem(folder / file, entry.get("sha256", ""), entry.get("bytes", -1))
+        if problem:
+            raise _damaged(folder / file, problem)
 
 
 def _damaged(path: Path, problem: str) -> CheckpointError:

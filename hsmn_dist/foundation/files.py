@@ -150,18 +150,20 @@ def verify_manifest(folder: Path, manifest_name: str) -> dict[str, Any]:
             action="use an older complete folder, or make this one again",
         )
     for name, entry in manifest["files"].items():
-        file = folder / name
-        if not file.is_file():
-            problem = "is missing"
-        elif file.stat().st_size != entry["bytes"]:
-            problem = f"has {file.stat().st_size} bytes, not {entry['bytes']}"
-        elif sha256_of_file(file) != entry["sha256"]:
-            problem = "has another SHA-256 than its manifest says"
-        else:
-            continue
-        raise CheckpointError(
-            f"{file}: {problem}",
-            allowed="the bytes that were written",
-            action="use an older complete folder, or make this one again",
-        )
+        problem = file_problem(folder / name, entry["sha256"], entry["bytes"])
+        if problem:
+            raise CheckpointError(
+                f"{folder / name}: {problem}",
+                allowed="the bytes that were written",
+                action="use an older complete folder, or make this one again",
+            )
     return manifest
+
+
+def file_problem(file: Path, sha256: str, num_bytes: int) -> str:
+    """How a file differs from what its manifest says of it, in words; empty where it does not. The size is looked at first."""
+    if not file.is_file():
+        return "is missing"
+    if file.stat().st_size != num_bytes:
+        return f"has {file.stat().st_size} bytes, not {num_bytes}"
+    return "" if sha256_of_file(file) == sha256 else "has another SHA-256 than its manifest says"

@@ -47,9 +47,8 @@ def shrink_micro_batch(config: RunConfig, folder: RunFolder, is_fisher: bool = F
     if not is_fisher:
         training = next(size for size in range(training // 2, 0, -1) if training % size == 0)
     fisher = max(1, fisher // 2)
-    for unfinished in (folder.path / "stages").glob(
-        f"*/{FISHER_UNFINISHED}"
-    ):  # begun with the larger one: it begins anew
+    # A Fisher that was begun with the larger one begins anew.
+    for unfinished in (folder.path / "stages").glob(f"*/{FISHER_UNFINISHED}"):
         shutil.rmtree(unfinished, ignore_errors=True)
     write_json(folder.adjustments, {MICRO_BATCH: training, FISHER_MICRO_BATCH: fisher})
     words = f"started again with continual.fisher.micro_batch_examples {fisher}"

@@ -139,9 +139,11 @@ class StageTraining:
 
     def _earlier_tasks(self, engine: Engine) -> EwcMemory:
         """What came before asks to be kept: the merged store of the stage before, or that of the weights to start from."""
+        if self._config.continual.method not in PROTECTING:
+            return EwcMemory([])  # nothing is kept: no buffers beside the shards
         shards = engine.param_shards(with_gradients=False)
         before, start = self._stage_before(), self._config.continual.start.fisher
-        if self._config.continual.method not in PROTECTING or (before is None and not start):
+        if before is None and not start:
             return EwcMemory.empty(shards)
         memory = load_store(Path(start) if before is None else before.ewc, shards)
         if self._config.continual.method != "l2":  # refused now, not after hours of training

@@ -15,7 +15,7 @@ from typing import Any
 
 from hsmn_dist.distributed.determinism import restore_rng
 from hsmn_dist.foundation.errors import CheckpointError
-from hsmn_dist.foundation.files import read_json, sha256_of_file
+from hsmn_dist.foundation.files import file_problem, read_json
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -121,8 +121,7 @@ class Listing:
 
     def is_as_listed(self, folder: Path, name: str) -> bool:
         """Whether a file is there with its size and hash."""
-        file, (sha256, num_bytes) = folder / name, self.files[name]
-        return file.is_file() and file.stat().st_size == num_bytes and sha256_of_file(file) == sha256
+        return not file_problem(folder / name, *self.files[name])
 
 
 def read_listing(folder: Path) -> Listing:
