@@ -124,3 +124,14 @@ class TinyStage:
             "penalty": QuadraticPull(0.05),
         }
         return TrainParts(**{**values, **changes})
+
+
+def one_rank_engine(folder: Path) -> Engine:
+    """The engine of a tiny stage on one rank."""
+    return TinyStage(folder, World(), training_config(global_batch_examples=2)).parts().engine
+
+
+def train_a_step(engine: Engine, seed: int) -> None:
+    """One optimizer step on a batch of its own."""
+    engine.forward_backward(tiny_batch(seed, 2), 5)
+    engine.step(0.01)

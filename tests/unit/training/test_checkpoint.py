@@ -1,7 +1,8 @@
+"""Saves that are killed, damaged, overtaken or cut short: the last complete checkpoint is there, and nothing half written."""
+
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import resource
@@ -18,21 +19,11 @@ import safetensors.torch
 import torch
 
 from hsmn_dist.distributed.world import World
-from hsmn_dist.foundation.errors import CheckpointError, StageFailed
+from hsmn_dist.foundation.errors import StageFailed
 from hsmn_dist.training import shard_files
 from hsmn_dist.training.checkpoint import MANIFEST, SAVE_POINTS, Checkpointer, TrainState
 from hsmn_dist.training.engine import Engine
-from tests.support.models import tiny_batch
-from tests.support.stages import TinyStage, training_config
-
-
-def make_engine(folder: Path) -> Engine:
-    return TinyStage(folder, World(), training_config(global_batch_examples=2)).parts().engine
-
-
-def train_a_step(engine: Engine, seed: int) -> None:
-    engine.forward_backward(tiny_batch(seed, 2), 5)
-    engine.step(0.01)
+from tests.support.stages import one_rank_engine, train_a_step
 
 
 def in_a_process_that_dies(work: Callable[[], None]) -> int:
@@ -48,7 +39,7 @@ def in_a_process_that_dies(work: Callable[[], None]) -> int:
 
 
 def test_a_kill_at_any_point_of_a_save_leaves_the_last_complete_checkpoint(tmp_path: Path) -> None:
-    engine = make_engine(tmp_path)
+    engine = one_rank_engine(tmp_path)
     reached: set[str] = set()
     for point in SAVE_POINTS:
         folder = tmp_path / point
@@ -70,7 +61,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_last_complete_checkpoint(tmp_p
             ended_by = in_a_process_that_dies(save)
             if ended_by == signal.SIGKILL:
                 reached.add(point)
-            other = make_engine(tmp_path)
+            other = one_rank_engine(tmp_path)
             state = Checkpointer(folder, World()).restore(other)
             assert state is not None, "also while the only checkpoint was being replaced by one of the same step"
             is_new = point in ("renamed", "pruned") or ended_by == 0
@@ -133,7 +124,7 @@ def save_and_count(folder: Path, engine: Engine, state: TrainState, number: int,
 def test_a_kill_at_any_touch_of_a_file_leaves_the_last_complete_checkpoint(
     tmp_path: Path, step: int, in_background: bool
 ) -> None:
-    engine, other = make_engine(tmp_path), make_engine(tmp_path)
+    engine, other = one_rank_engine(tmp_path), one_rank_engine(tmp_path)
     train_a_step(engine, 1)
     first, kept = tmp_path / "first", engine.state_dict()
     Checkpointer(first, World()).save_best(engine, TrainState(step=1, best_step=1))
@@ -178,7 +169,7 @@ def step_names(folder: Path) -> list[str]:
 @pytest.mark.parametrize("keep_last", [1, 2])
 @pytest.mark.parametrize("is_restored", [True, False])
 def test_a_damaged_newest_checkpoint_never_costs_a_sound_one(tmp_path: Path, keep_last: int, is_restored: bool) -> None:
-    engine, folder = make_engine(tmp_path), tmp_path / "c"
+    engine, folder = one_rank_engine(tmp_path), tmp_path / "c"
     for step in (10, 20):
         Checkpointer(folder, World(), keep_last=3).save(engine, TrainState(step=step))
     damage(folder / "step_00000020" / "rank_00000.safetensors")
@@ -199,7 +190,7 @@ def test_a_damaged_newest_checkpoint_never_costs_a_sound_one(tmp_path: Path, kee
 
 
 def test_a_damaged_checkpoint_does_not_outlive_the_start_of_a_stage_anew(tmp_path: Path) -> None:
-    engine, folder = make_engine(tmp_path), tmp_path / "c"
+    engine, folder = one_rank_engine(tmp_path), tmp_path / "c"
     Checkpointer(folder, World()).save(engine, TrainState(step=20))
     damage(folder / "step_00000020" / "state.json")
     keeper = Checkpointer(folder, World(), keep_last=1)
@@ -212,7 +203,7 @@ def test_a_damaged_checkpoint_does_not_outlive_the_start_of_a_stage_anew(tmp_pat
 def test_an_unreadable_old_state_does_not_fail_the_saves_after_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
 ) -> None:
-    engine, folder = make_engine(tmp_path), tmp_path / "c"
+    engine, folder = one_rank_engine(tmp_path), tmp_path / "c"
     keeper = Checkpointer(folder, World(), keep_last=2)
     keeper.save_best(engine, TrainState(step=1, best_step=1))
     keeper.save(engine, TrainState(step=1, best_step=1))
@@ -228,7 +219,7 @@ def test_an_unreadable_old_state_does_not_fail_the_saves_after_it(
 def test_a_folder_that_cannot_be_removed_does_not_fail_the_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine, keeper = make_engine(tmp_path), Checkpointer(tmp_path / "c", World(), keep_last=1)
+    engine, keeper = one_rank_engine(tmp_path), Checkpointer(tmp_path / "c", World(), keep_last=1)
     keeper.save(engine, TrainState(step=1))
     real = shutil.rmtree
 
@@ -265,7 +256,7 @@ class Attempts:
 
 @pytest.mark.parametrize("point", SAVE_POINTS[:-1])
 def test_a_fenced_attempt_that_saves_leaves_the_save_of_the_live_one_alone(tmp_path: Path, point: str) -> None:
-    engine, attempts, folder = make_engine(tmp_path), Attempts(), tmp_path / "c"
+    engine, attempts, folder = one_rank_engine(tmp_path), Attempts(), tmp_path / "c"
     old = attempts.keeper(folder, "old")
     old.save(engine, TrainState(step=1))
     attempts.owner = "new"
@@ -288,7 +279,7 @@ def test_a_fenced_attempt_that_saves_leaves_the_save_of_the_live_one_alone(tmp_p
 
 @pytest.mark.parametrize("point", SAVE_POINTS[:5])
 def test_a_save_that_is_overtaken_by_a_new_attempt_ends_refused_and_changes_nothing(tmp_path: Path, point: str) -> None:
-    engine, attempts, folder = make_engine(tmp_path), Attempts(), tmp_path / "c"
+    engine, attempts, folder = one_rank_engine(tmp_path), Attempts(), tmp_path / "c"
 
     def overtake(at: str) -> None:
         if at == point and attempts.owner == "old":
@@ -306,7 +297,7 @@ def test_a_save_that_is_overtaken_by_a_new_attempt_ends_refused_and_changes_noth
 def test_a_process_that_was_cut_off_between_its_right_and_its_clean_up_removes_nothing_of_its_successor(
     tmp_path: Path,
 ) -> None:
-    engine, folder = make_engine(tmp_path), tmp_path / "c"
+    engine, folder = one_rank_engine(tmp_path), tmp_path / "c"
     successor = Checkpointer(folder, World(), owner="new")
     has_begun = []
 
@@ -320,7 +311,7 @@ def test_a_process_that_was_cut_off_between_its_right_and_its_clean_up_removes_n
 
 
 def test_the_newest_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    engine, keeper = make_engine(tmp_path), Checkpointer(tmp_path / "c", World(), keep_last=3)
+    engine, keeper = one_rank_engine(tmp_path), Checkpointer(tmp_path / "c", World(), keep_last=3)
     for step in (1, 2, 3):
         train_a_step(engine, step)
         keeper.save(engine, TrainState(step=step))
@@ -329,13 +320,13 @@ def test_the_newest_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: py
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
     (tmp_path / "c" / "step_00000002" / MANIFEST).unlink()
-    state = Checkpointer(tmp_path / "c", World()).restore(make_engine(tmp_path))
+    state = Checkpointer(tmp_path / "c", World()).restore(one_rank_engine(tmp_path))
     assert state is not None and state.step == 1
     assert "step_00000003" in caplog.text and "damaged" in caplog.text
 
 
 def test_old_checkpoints_go_and_the_best_weights_stay_while_a_checkpoint_speaks_of_them(tmp_path: Path) -> None:
-    engine, keeper = make_engine(tmp_path), Checkpointer(tmp_path / "c", World(), keep_last=2)
+    engine, keeper = one_rank_engine(tmp_path), Checkpointer(tmp_path / "c", World(), keep_last=2)
     state = TrainState()
     for step in range(1, 6):
         train_a_step(engine, step)
@@ -352,7 +343,7 @@ def test_old_checkpoints_go_and_the_best_weights_stay_while_a_checkpoint_speaks_
 
 
 def test_best_weights_come_back_alone(tmp_path: Path) -> None:
-    engine, keeper = make_engine(tmp_path), Checkpointer(tmp_path / "c", World())
+    engine, keeper = one_rank_engine(tmp_path), Checkpointer(tmp_path / "c", World())
     train_a_step(engine, 1)
     keeper.save_best(engine, TrainState(best_step=1))
     best = engine.state_dict()
@@ -363,7 +354,7 @@ def test_best_weights_come_back_alone(tmp_path: Path) -> None:
 
 
 def test_a_state_survives_json(tmp_path: Path) -> None:
-    engine, keeper = make_engine(tmp_path), Checkpointer(tmp_path / "c", World())
+    engine, keeper = one_rank_engine(tmp_path), Checkpointer(tmp_path / "c", World())
     state = TrainState(
         3, {"samples_seen": 4}, 0.1 + 0.2, 2, 1, [(0, 3.5), (2, 0.30000000000000004)], 10, 20, 1, 1, [1.5]
     )
@@ -373,7 +364,7 @@ def test_a_state_survives_json(tmp_path: Path) -> None:
 
 
 def test_random_generators_go_on_where_they_were(tmp_path: Path) -> None:
-    engine, keeper = make_engine(tmp_path), Checkpointer(tmp_path / "c", World())
+    engine, keeper = one_rank_engine(tmp_path), Checkpointer(tmp_path / "c", World())
     keeper.save(engine, TrainState(step=1))
     drawn = torch.rand(3)
     torch.manual_seed(99)
@@ -382,7 +373,7 @@ def test_random_generators_go_on_where_they_were(tmp_path: Path) -> None:
 
 
 def test_an_attempt_that_was_replaced_may_not_commit(tmp_path: Path) -> None:
-    engine = make_engine(tmp_path)
+    engine = one_rank_engine(tmp_path)
     Checkpointer(tmp_path / "c", World()).save(engine, TrainState(step=1))
 
     def fenced() -> None:
@@ -394,141 +385,8 @@ def test_an_attempt_that_was_replaced_may_not_commit(tmp_path: Path) -> None:
     assert state is not None and state.step == 1
 
 
-def test_an_unknown_key_in_the_state_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="colour"):
-        TrainState.from_json({"step": 1, "colour": "red"})
-
-
-def rewrite(place: Path, name: str, data: bytes) -> None:
-    """Other content under a manifest that agrees with it."""
-    (place / name).write_bytes(data)
-    manifest = json.loads((place / MANIFEST).read_text())
-    manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    (place / MANIFEST).write_text(json.dumps(manifest))
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("state.json", "[]"),
-        ("state.json", '{"step": "x"}'),
-        ("state.json", '{"step": 1, "validations": [1]}'),
-        ("state.json", '{"step": 1, "num_tokens": -1}'),
-        ("state.json", '{"step": 1, "best_loss": "low"}'),
-        ("state.json", '{"step": 1, "cursor": []}'),
-        ("state.json", '{"step": 7}'),
-        ("rng_00000.json", "{}"),
-        ("rng_00000.json", "[]"),
-    ],
-)
-def test_strange_json_in_a_checkpoint_is_refused_in_words(tmp_path: Path, name: str, content: str) -> None:
-    engine = make_engine(tmp_path)
-    rewrite(Checkpointer(tmp_path / "c", World()).save(engine, TrainState(step=1)), name, content.encode())
-    with pytest.raises(CheckpointError, match="state"):
-        Checkpointer(tmp_path / "c", World()).restore(engine)
-
-
-def test_a_position_beyond_the_words_of_a_random_generator_is_refused(tmp_path: Path) -> None:
-    engine = make_engine(tmp_path)
-    place = Checkpointer(tmp_path / "c", World()).save(engine, TrainState(step=1))
-    states = json.loads((place / "rng_00000.json").read_text())
-    states["numpy"][2] = 100_000  # numpy would take it, and read beyond its words
-    rewrite(place, "rng_00000.json", json.dumps(states).encode())
-    with pytest.raises(CheckpointError, match="generators"):
-        Checkpointer(tmp_path / "c", World()).restore(engine)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"format": None}, "format None"),
-        ({"format": True}, "format True"),
-        ({"shards": []}, "lists no shards"),
-        ({"shards": {}}, "does not speak of"),
-        ({"start": "0"}, "no range"),
-        ({"start": -1}, "no range"),
-        ({"stop": 10**9}, "no range"),
-        ({"shape": "abc"}, "no range"),
-        ({"stop": 1}, "1 numbers in a row"),
-        ({"scalars": {"step": {"value": 1, "dtype": "load"}}}, "no range"),
-        ({"scalars": {"step": {"value": "1", "dtype": "int64"}}}, "no range"),
-        ({"scalars": {"step": {"value": 10**30, "dtype": "int64"}}}, "as int64"),
-        ({"scalars": {"exp_avg": {"value": 1, "dtype": "int64"}}}, "a number and a tensor"),
-    ],
-)
-def test_a_strange_header_of_a_shard_file_is_refused_in_words(
-    tmp_path: Path, changes: dict[str, object], words: str
-) -> None:
-    engine = make_engine(tmp_path)
-    train_a_step(engine, 1)
-    tensors, text = engine.snapshot()
-    header = json.loads(text)
-    entry = next(iter(header["shards"].values()))
-    for key, value in changes.items():
-        (header if key in header else entry)[key] = value
-    safetensors.torch.save_file(tensors, tmp_path / "x", metadata={"hsmn_dist": json.dumps(header)})
-    place = Checkpointer(tmp_path / "c", World()).save(engine, TrainState(step=1))
-    rewrite(place, "rank_00000.safetensors", (tmp_path / "x").read_bytes())
-    with pytest.raises(CheckpointError, match=words):
-        Checkpointer(tmp_path / "c", World()).restore(engine)
-
-
-def test_files_that_the_manifest_does_not_list_are_not_read(tmp_path: Path) -> None:
-    engine = make_engine(tmp_path)
-    place = Checkpointer(tmp_path / "c", World()).save(engine, TrainState(step=1))
-    drawn = torch.rand(3)
-    (place / "rng_00001.json").write_text("{}")
-    (place / "rank_00001.safetensors").write_bytes((place / "rank_00000.safetensors").read_bytes())
-    torch.manual_seed(99)
-    assert Checkpointer(tmp_path / "c", World()).restore(engine) == TrainState(step=1)
-    assert torch.equal(torch.rand(3), drawn)
-
-
-@pytest.mark.parametrize("missing", ["state.json", "all"])
-def test_a_manifest_that_does_not_vouch_for_the_state_makes_no_sound_checkpoint(tmp_path: Path, missing: str) -> None:
-    engine = make_engine(tmp_path)
-    place = Checkpointer(tmp_path / "c", World()).save(engine, TrainState(step=1))
-    manifest = json.loads((place / MANIFEST).read_text())
-    manifest["files"] = {} if missing == "all" else {n: e for n, e in manifest["files"].items() if n != missing}
-    (place / MANIFEST).write_text(json.dumps(manifest))
-    assert Checkpointer(tmp_path / "c", World()).restore(engine) is None
-
-
-def test_a_shard_file_that_is_a_pickle_is_refused_and_runs_nothing(tmp_path: Path) -> None:
-    engine = make_engine(tmp_path)
-    marker = tmp_path / "ran"
-
-    class Evil:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return os.system, (f"touch {marker}",)
-
-    folder = tmp_path / "evil"
-    folder.mkdir()
-    torch.save({"value": Evil()}, folder / "rank_00000.safetensors")
-    with pytest.raises(CheckpointError, match="not a shard file"):
-        engine.load(folder)
-    assert not marker.exists()
-
-
-def test_weights_of_another_model_are_refused_by_name_and_shape(tmp_path: Path) -> None:
-    engine = make_engine(tmp_path)
-    weights = engine.state_dict()
-    with pytest.raises(CheckpointError, match="missing"):
-        engine.load_weights({name: value for name, value in weights.items() if "head" not in name})
-    with pytest.raises(CheckpointError, match=r"head.weight"):
-        engine.load_weights({**weights, "head.weight": torch.zeros(2, 2)})
-    folder = tmp_path / "saved"
-    folder.mkdir()
-    engine.save(folder)
-    path = folder / "rank_00000.safetensors"
-    header = path.read_bytes()
-    path.write_bytes(header.replace(b"head.weight", b"tail.weight"))
-    with pytest.raises(CheckpointError, match=r"tail.weight"):
-        engine.load(folder)
-
-
 def test_the_manifest_lists_every_file_with_its_hash(tmp_path: Path) -> None:
-    engine = make_engine(tmp_path)
+    engine = one_rank_engine(tmp_path)
     path = Checkpointer(tmp_path / "c", World()).save(engine, TrainState(step=1))
     manifest = json.loads((path / MANIFEST).read_text())
     assert sorted(manifest["files"]) == sorted(file.name for file in path.iterdir() if file.name != MANIFEST)
@@ -536,7 +394,7 @@ def test_the_manifest_lists_every_file_with_its_hash(tmp_path: Path) -> None:
 
 
 def test_a_save_in_the_background_holds_the_state_of_its_moment(tmp_path: Path) -> None:
-    engine, may_write = make_engine(tmp_path), threading.Event()
+    engine, may_write = one_rank_engine(tmp_path), threading.Event()
     keeper = Checkpointer(tmp_path / "c", World(), at_point=lambda _: may_write.wait(30))
     train_a_step(engine, 1)
     wanted, state = engine.state_dict(), TrainState(step=1, recent_losses=[1.0])
@@ -546,13 +404,13 @@ def test_a_save_in_the_background_holds_the_state_of_its_moment(tmp_path: Path) 
     assert Checkpointer(tmp_path / "c", World()).newest() is None, "nothing is there before it is whole"
     may_write.set()
     keeper.wait()
-    other = make_engine(tmp_path)
+    other = one_rank_engine(tmp_path)
     assert Checkpointer(tmp_path / "c", World()).restore(other) == TrainState(step=1, recent_losses=[1.0])
     assert all(torch.equal(value, wanted[name]) for name, value in other.state_dict().items())
 
 
 def test_a_background_save_that_failed_is_reported_by_the_next_one(tmp_path: Path) -> None:
-    engine = make_engine(tmp_path)
+    engine = one_rank_engine(tmp_path)
 
     def full(point: str) -> None:
         if point == "hashes_exchanged":
@@ -567,7 +425,7 @@ def test_a_background_save_that_failed_is_reported_by_the_next_one(tmp_path: Pat
 def test_a_full_disk_is_an_operating_system_error_and_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, keeper = make_engine(tmp_path), Checkpointer(tmp_path / "c", World())
+    engine, keeper = one_rank_engine(tmp_path), Checkpointer(tmp_path / "c", World())
     keeper.save(engine, TrainState(step=1))
 
     def full(*_: object, **__: object) -> None:
@@ -583,7 +441,7 @@ def test_a_full_disk_is_an_operating_system_error_and_leaves_the_last_checkpoint
 
 
 def test_a_file_that_cannot_be_written_to_its_end_is_an_operating_system_error(tmp_path: Path) -> None:
-    engine = make_engine(tmp_path)
+    engine = one_rank_engine(tmp_path)
     report = tmp_path / "report"
 
     def save_with_little_room() -> None:
