@@ -202,7 +202,7 @@ def _use_given_shards(given: dict[str, str], data: DataConfig, config: Tokenizer
         )
     tokenizer = build_tokenizer(config, [])
     for name, folder in given.items():
-        index = read_index(folder, data.cache_folder, data.cache_bytes, data.fetch_attempts)
+        index = read_index(folder, data)
         if index.tokenizer_digest != tokenizer.digest:
             raise DataError(
                 f"{folder}: the shards of {name!r} hold tokens of another tokenizer than the run's",

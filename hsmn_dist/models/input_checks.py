@@ -32,6 +32,16 @@ def check_ids(ids: Tensor, mask: Tensor | None, name: str) -> None:
         )
 
 
+def check_one_each(token_ids: Tensor) -> None:
+    """Raises ModelError unless new tokens come as one for each row, [B]."""
+    if token_ids.dim() != 1:
+        raise ModelError(
+            f"new tokens of shape {list(token_ids.shape)}",
+            allowed="one token a row: integers [batch]",
+            action="pass logits.argmax(-1), or the next column of the target",
+        )
+
+
 def check_left_aligned(mask: Tensor, name: str) -> None:
     """Raises ModelError when a row of `mask` [B, t] has padding in front of a token."""
     if not may_look_at(mask):

@@ -227,7 +227,7 @@ def _contamination(folder: RunFolder, data: DataConfig, datasets: dict[str, list
 def _index_of(place: str, data: DataConfig) -> ShardIndex | None:
     """The index of a prepared folder; None of one at a URL that cannot be reached now: a finished run is reported all the same."""
     try:
-        return read_index(place, data.cache_folder, data.cache_bytes, data.fetch_attempts)
+        return read_index(place, data)
     except DataError as error:
         if not is_url(place):
             raise

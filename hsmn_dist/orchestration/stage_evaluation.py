@@ -58,18 +58,14 @@ def task_folders(config: RunConfig, prepared: dict[str, Any]) -> dict[str, list[
 def test_examples(folders: Sequence[Path], settings: EvaluationConfig, data: DataConfig) -> list[Example]:
     """The first test examples of a task's datasets, equally many of each."""
     share = -(-max(settings.num_examples, settings.num_loss_examples) // len(folders))
-    return [example for folder in folders for example in _read(folder, "test", share, data)]
+    return [example for folder in folders for example in read_examples(folder, "test", share, data)]
 
 
 def training_shots(folders: Sequence[Path], count: int, data: DataConfig) -> list[Example]:
     """The first `count` training examples of a task, dealt over its datasets in turn."""
     share = -(-count // len(folders))
-    rows = [list(_read(folder, "train", share, data)) for folder in folders] if count else []
+    rows = [list(read_examples(folder, "train", share, data)) for folder in folders] if count else []
     return [example for turn in zip_longest(*rows) for example in turn if example is not None][:count]
-
-
-def _read(folder: Path, split: str, limit: int, data: DataConfig) -> Iterator[Example]:
-    return read_examples(folder, split, limit, data.cache_folder, data.cache_bytes, data.fetch_attempts)
 
 
 def evaluate_tasks(

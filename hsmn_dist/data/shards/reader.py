@@ -23,7 +23,8 @@ import numpy as np
 from hsmn_dist.data.example import Example
 from hsmn_dist.data.shards.index import ShardEntry, ShardIndex, load_index, load_samples
 from hsmn_dist.data.shards.remote import (
-    FETCH_ATTEMPTS,
+    OWN_CACHE,
+    CacheSettings,
     FetchFailed,
     RemoteFiles,
     Retry,
@@ -44,7 +45,6 @@ from hsmn_dist.data.shards.tar_layout import (
 from hsmn_dist.foundation.errors import DataError
 from hsmn_dist.foundation.files import sha256_of_file
 
-CACHE_BYTES = 16 * 2**30
 # Open files: enough for the windows of several datasets; fetched shards that left the cache stay on the disk while open.
 MAX_OPEN_LOCAL = 512
 MAX_OPEN_REMOTE = 32
@@ -234,57 +234,38 @@ class SplitReader:
         return opened
 
 
-def open_folder(
-    folder: Path | str,
-    split: str,
-    cache_folder: str = "",
-    cache_bytes: int = CACHE_BYTES,
-    fetch_attempts: int = FETCH_ATTEMPTS,
-) -> SplitReader:
+def open_folder(folder: Path | str, split: str, cache: CacheSettings = OWN_CACHE) -> SplitReader:
     """A reader of a local folder or of a URL; the cache is used for URLs alone.
 
     Raises:
         DataError: no such folder or split, a damaged index, a URL of an unknown kind or an index that is not there.
         StoreAway: the store does not answer.
     """
-    if not is_url(folder):
-        return SplitReader(folder, split)
-    return SplitReader(folder, split, remote_files(folder, cache_folder, cache_bytes, fetch_attempts))
+    return SplitReader(folder, split, remote_files(folder, cache) if is_url(folder) else None)
 
 
-def read_index(
-    folder: Path | str, cache_folder: str = "", cache_bytes: int = CACHE_BYTES, fetch_attempts: int = FETCH_ATTEMPTS
-) -> ShardIndex:
+def read_index(folder: Path | str, cache: CacheSettings = OWN_CACHE) -> ShardIndex:
     """The index of a local folder or of a URL, as `open_folder` finds them.
 
     Raises:
         DataError: no such folder, a damaged index, a URL of an unknown kind or an index that is not there.
         StoreAway: the store does not answer.
     """
-    if not is_url(folder):
-        return load_index(Path(folder))
-    return remote_files(folder, cache_folder, cache_bytes, fetch_attempts).fetch_index()
+    return remote_files(folder, cache).fetch_index() if is_url(folder) else load_index(Path(folder))
 
 
-def remote_files(
-    folder: Path | str, cache_folder: str = "", cache_bytes: int = CACHE_BYTES, fetch_attempts: int = FETCH_ATTEMPTS
-) -> RemoteFiles:
+def remote_files(folder: Path | str, cache: CacheSettings = OWN_CACHE) -> RemoteFiles:
     """The files of a folder at a URL, through the machine's cache."""
     require_known_scheme(folder_name(folder))
-    cache = Path(cache_folder) if cache_folder else own_cache_folder()
-    return RemoteFiles(folder_name(folder), cache, cache_bytes, Retry(fetch_attempts))
+    place = Path(cache.cache_folder) if cache.cache_folder else own_cache_folder()
+    return RemoteFiles(folder_name(folder), place, cache.cache_bytes, Retry(cache.fetch_attempts))
 
 
 def read_examples(
-    folder: Path | str,
-    split: str,
-    limit: int | None = None,
-    cache_folder: str = "",
-    cache_bytes: int = CACHE_BYTES,
-    fetch_attempts: int = FETCH_ATTEMPTS,
+    folder: Path | str, split: str, limit: int | None = None, cache: CacheSettings = OWN_CACHE
 ) -> Iterator[Example]:
     """The examples of a split in the order of the shards, at most `limit` of them (None or 0: all)."""
-    reader = open_folder(folder, split, cache_folder, cache_bytes, fetch_attempts)
+    reader = open_folder(folder, split, cache)
     try:
         for number in range(min(len(reader), limit) if limit else len(reader)):
             yield reader.read_example(number)

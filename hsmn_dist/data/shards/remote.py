@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hsmn_dist.data.shards.index import INDEX_NAME, ShardEntry, ShardIndex, load_index
 from hsmn_dist.foundation.errors import DataError, HsmnError, StageFailed
@@ -55,6 +55,37 @@ class StoreAway(StageFailed):
             action="check the network and the store, raise data.fetch_attempts for longer outages, and resume the run",
             kind="store_away",
         )
+
+
+class CacheSettings(Protocol):
+    """The settings that say how files of a URL come: `config.data.DataConfig` and `stream.plan.StreamSettings` have them."""
+
+    @property
+    def cache_folder(self) -> str:
+        """Where they stay; empty: `own_cache_folder`."""
+        ...
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size to which the cache is cut back."""
+        ...
+
+    @property
+    def fetch_attempts(self) -> int:
+        """Attempts at a store that does not answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """How files of a URL come, for callers without a configuration; see `CacheSettings`."""
+
+    cache_folder: str = ""
+    cache_bytes: int = 16 * 2**30
+    fetch_attempts: int = FETCH_ATTEMPTS
+
+
+OWN_CACHE = ShardCache()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from hsmn_dist.data.shards.reader import DamagedSample, SplitReader, Tokens, open_folder
+from hsmn_dist.data.shards.remote import OWN_CACHE
 from hsmn_dist.data.stream.collate import Row, collate, collate_packed, padding_counts
 from hsmn_dist.data.stream.cursor import Cursor
 from hsmn_dist.data.stream.order import permutation
@@ -226,8 +227,7 @@ def open_split(folder: Path | str, split: str, settings: StreamSettings | None =
     Raises:
         DataError: there is no such folder or split, or the split holds no sample.
     """
-    cache = (settings.cache_folder, settings.cache_bytes, settings.fetch_attempts) if settings else ()
-    reader = open_folder(folder, split, *cache)
+    reader = open_folder(folder, split, settings or OWN_CACHE)
     if len(reader) == 0:
         raise DataError(
             f"{folder}: the split {split!r} is empty",

@@ -16,6 +16,7 @@ import numpy as np
 
 from hsmn_dist.config.data import DataConfig
 from hsmn_dist.data.shards.reader import SplitReader
+from hsmn_dist.data.shards.remote import OWN_CACHE
 from hsmn_dist.data.stream.bucketing import bucketed_rows
 from hsmn_dist.data.stream.mixture import Mixture
 from hsmn_dist.data.stream.order import SampleOrder, hash_key
@@ -56,9 +57,9 @@ class StreamSettings:
     corrupt_policy: str = "raise"
     quarantine_limit: int = 0
     shuffle_window_shards: int = 16
-    cache_folder: str = ""
-    cache_bytes: int = 16 * 2**30
-    fetch_attempts: int = 8
+    cache_folder: str = OWN_CACHE.cache_folder
+    cache_bytes: int = OWN_CACHE.cache_bytes
+    fetch_attempts: int = OWN_CACHE.fetch_attempts
 
     @classmethod
     def from_config(

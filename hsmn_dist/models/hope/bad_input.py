@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hsmn_dist.foundation.errors import ModelError
 from hsmn_dist.models.hope.fast_state import FastState
-from hsmn_dist.models.input_checks import check_ids, check_left_aligned, may_look_at
+from hsmn_dist.models.input_checks import check_ids, check_left_aligned, check_one_each, may_look_at
 
 
 def check_state(state: Any, kind: type[FastState], batch_size: int) -> None:
@@ -41,12 +41,7 @@ def check_context(ids: Tensor, mask: Tensor) -> None:
 
 def check_next(token_ids: Tensor) -> None:
     """Raises ModelError unless `token_ids` are integers [B]."""
-    if token_ids.dim() != 1:
-        raise ModelError(
-            f"new tokens of shape {list(token_ids.shape)}",
-            allowed="one token a row: integers [batch]",
-            action="pass logits.argmax(-1), or the next column of the target",
-        )
+    check_one_each(token_ids)
     check_ids(token_ids[:, None], None, "new target")
 
 

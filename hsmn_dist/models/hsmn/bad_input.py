@@ -59,12 +59,7 @@ def check_context(ids: Tensor, mask: Tensor, config: HsmnConfig) -> None:
 
 def check_token(token_ids: Tensor, state: Any, config: HsmnConfig) -> None:
     """Raises ModelError unless `token_ids` [B] can be appended to `state`."""
-    if token_ids.dim() != 1:
-        raise ModelError(
-            f"new tokens of shape {list(token_ids.shape)}",
-            allowed="one token a row: integers [batch]",
-            action="pass logits.argmax(-1), or the next column of the target",
-        )
+    input_checks.check_one_each(token_ids)
     begun = _check_state(state, token_ids.shape[0])
     _check_length(begun + 1, config)
     check_ids(token_ids[:, None], None, "new target", config)

@@ -206,7 +206,7 @@ def test_shards_prepared_before_are_used_with_their_tokenizer_from_a_folder_or_a
         again = prepare_curriculum(datasets, data, theirs, tmp_path / "root")
         assert folder_name(again.folders["passkey"]) == shards and again.folders["word_problems"].is_dir()
         assert load_tokenizer(again.tokenizer_path).digest == load_tokenizer(prepared.tokenizer_path).digest
-        found = open_folder(again.folders["passkey"], "train", data.cache_folder)
+        found = open_folder(again.folders["passkey"], "train", data)
         assert [e.tolist() for e, _ in found.read_many_tokens(range(5))] == [
             e.tolist() for e, _ in SplitReader(folder, "train").read_many_tokens(range(5))
         ]

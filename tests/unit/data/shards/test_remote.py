@@ -23,6 +23,7 @@ from hsmn_dist.data.shards.remote import (
     FetchFailed,
     RemoteFiles,
     Retry,
+    ShardCache,
     StoreAway,
     folder_name,
     is_url,
@@ -250,7 +251,7 @@ def test_a_stream_over_http_gives_the_batches_of_the_local_folder(folder: Path, 
 def test_a_url_that_does_not_exist_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_module.Retry, "wait_seconds", lambda self, attempt: 0.0)
     with pytest.raises(DataError, match=r"index\.json"):
-        open_folder(f"file://{tmp_path}/absent", "train", str(tmp_path / "cache"))
+        open_folder(f"file://{tmp_path}/absent", "train", ShardCache(str(tmp_path / "cache")))
 
 
 def test_the_default_cache_is_a_folder_of_this_user_alone(
@@ -283,7 +284,7 @@ def test_a_default_cache_that_somebody_else_made_first_is_refused(
     (tmp_path / name).rename(tmp_path / f"hsmn_dist-shards-{real + 1}")
     with pytest.raises(DataError, match=f"belongs to user {real}"):
         open_folder(f"file://{folder}", "train")
-    assert len(open_folder(f"file://{folder}", "train", str(tmp_path / "cache"))) > 0
+    assert len(open_folder(f"file://{folder}", "train", ShardCache(str(tmp_path / "cache")))) > 0
 
 
 def test_a_split_is_read_through_the_configured_cache(
