@@ -152,8 +152,13 @@ class MemoryLevelConfig(Section):
     learning_rate: float = Field(
         0.25,
         ge=0.0,
-        description="Rate of the in-context step per token, divided by d_model; the start when it is learned; 0 never writes. "
-        "For cadence tokens: with cadence optimizer every level has the optimizer's rate.",
+        description="cadence tokens: rate of the in-context step per token, divided by d_model; the start when it is learned; 0 never "
+        "writes.",
+    )
+    rate_scale: float = Field(
+        1.0,
+        ge=0.0,
+        description="cadence optimizer: the level's learning rate as a multiple of the optimizer's; 0 keeps its start.",
     )
 
 
@@ -205,6 +210,13 @@ class CmsConfig(Section):
             raise ValueError(
                 f"level periods {periods}; allowed: one or more, fast to slow, each a multiple of the one before, 0 last; "
                 "reorder the levels"
+            )
+        unused = "learning_rate" if self.cadence == "optimizer" else "rate_scale"
+        default = MemoryLevelConfig.model_fields[unused].default
+        if any(getattr(level, unused) != default for level in self.levels):
+            used = "rate_scale" if self.cadence == "optimizer" else "learning_rate"
+            raise ValueError(
+                f"levels[].{unused} with cadence {self.cadence}, which has no use for it; allowed: {used}; set that one"
             )
         if self.variant == "nested" and self.cadence == "optimizer":
             raise ValueError("variant nested with cadence optimizer; allowed: cadence tokens; change one of them")

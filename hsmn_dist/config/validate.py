@@ -86,24 +86,20 @@ def _check_elastic(config: RunConfig, where: Where) -> None:
             "cluster.launcher ray",
             "set cluster.launcher to ray, or cluster.num_workers to []",
         )
-    bad = [
-        size for size in cluster.world_sizes if training.global_batch_examples % (size * training.micro_batch_examples)
-    ]
-    if bad:
+    if training.data_ranks(text[1]) > training.global_batch_examples:
         _refuse(
             where,
             "cluster.num_workers",
-            f"{training.global_batch_examples} examples cannot be dealt in micro-batches of {training.micro_batch_examples} to "
-            f"{', '.join(map(str, bad))} ranks",
-            "a global batch that is a multiple of micro_batch_examples x every number of ranks in the range",
-            "change training.global_batch_examples or training.micro_batch_examples, or narrow the range",
+            f"a global batch of {training.global_batch_examples} examples leaves some of {text[1]} ranks without one",
+            "at most as many ranks as training.global_batch_examples",
+            "raise training.global_batch_examples, or narrow the range",
         )
 
 
 def _check_batch(config: RunConfig, where: Where) -> None:
     training, cluster = config.training, config.cluster
     if cluster.num_workers:
-        return  # checked for every size of the range
+        return  # where a number of ranks does not divide the batch, the last micro-batches are filled up with rows that score nothing
     world_size = cluster.num_nodes * cluster.ranks_per_node
     if training.engine == "local" and world_size != 1:
         _refuse(
@@ -127,11 +123,13 @@ def _check_batch(config: RunConfig, where: Where) -> None:
 
 
 def _check_context_parallel(config: RunConfig, where: Where) -> None:
-    size, world_size = config.training.context_parallel, config.cluster.num_nodes * config.cluster.ranks_per_node
+    size = config.training.context_parallel
+    bad = [ranks for ranks in config.cluster.world_sizes if ranks % size]
     if size == 1:
         return
-    if world_size % size:
-        problem, allowed = f"{size} on {world_size} ranks", "a divisor of the number of ranks"
+    if bad:
+        problem = f"{size} on {bad[0]} ranks"
+        allowed = "a divisor of the number of ranks (of every number in cluster.num_workers)"
     elif config.model.family not in ("hsmn", "hsmn_hope"):
         problem, allowed = (
             f"{size} with family {config.model.family!r}, which has no chunks",

@@ -1,4 +1,4 @@
-"""What a parameter is, so that optimizers need not guess from shapes or names.
+"""What a parameter is and how often it is updated, so that optimizers need not guess from shapes or names.
 
 Models tag each parameter; `optim.param_groups` places it. Shapes cannot be used for this: under ZeRO-3 they are gone.
 """
@@ -6,6 +6,7 @@ Models tag each parameter; `optim.param_groups` places it. Shapes cannot be used
 from __future__ import annotations
 
 import enum
+from typing import NamedTuple
 
 
 class ParamRole(enum.Enum):
@@ -15,3 +16,18 @@ class ParamRole(enum.Enum):
     VECTOR = "vector"
     EMBEDDING = "embedding"
     HEAD = "head"
+
+
+class ParamUpdate(NamedTuple):
+    """How an optimizer treats a parameter.
+
+    Attributes:
+        period_steps: optimizer steps between two updates, with the gradient summed in between.
+        rate_scale: its learning rate as a multiple of the optimizer's.
+    """
+
+    period_steps: int = 1
+    rate_scale: float = 1.0
+
+
+EVERY_STEP = ParamUpdate()

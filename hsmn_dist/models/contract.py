@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hsmn_dist.foundation.param_role import ParamRole
+from hsmn_dist.foundation.param_role import EVERY_STEP, ParamRole, ParamUpdate
 
 BOS_ID = 1
 
@@ -108,14 +108,14 @@ class LanguageModel(nn.Module, abc.ABC):
         contexts = inputs.context_ids.index_select(0, owners), inputs.context_mask.index_select(0, owners)
         return self.forward_windows(ModelInput(*contexts, inputs.target_ids, inputs.loss_mask), target_loss)
 
-    def parameter_periods(self) -> dict[str, int]:
-        """Optimizer steps between two updates, for parameters that are not updated at every step."""
-        periods: dict[str, int] = {}
+    def parameter_updates(self) -> dict[str, ParamUpdate]:
+        """Period and rate, for parameters that are not updated at every step with the optimizer's rate."""
+        updates: dict[str, ParamUpdate] = {}
         for prefix, module in self.named_modules():
-            given = getattr(module, "parameter_periods", None)
+            given = getattr(module, "parameter_updates", None)
             if module is not self and callable(given):
-                periods.update({f"{prefix}.{name}": period for name, period in given().items() if period > 1})
-        return periods
+                updates.update({f"{prefix}.{name}": own for name, own in given().items() if own != EVERY_STEP})
+        return updates
 
     def prunable_parameters(self) -> list[str]:
         """Names of the weight matrices that magnitude pruning may thin out."""

@@ -1,6 +1,6 @@
 """From the optimizer section to a torch optimizer; the rate is set by the caller before every step.
 
-Unusual: every rule runs with one learning rate over all groups, because the matrix rules match the size of AdamW's steps
+Unusual: every rule runs with one learning rate over all groups (a group's `rate_scale` aside), because the matrix rules match the size of AdamW's steps
 (0.2 * sqrt(max(rows, columns)), Liu et al. 2025, arXiv 2502.16982).
 """
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from hsmn_dist.config.optim import AdamConfig, DeepMomentumConfig, M3Config, MuonConfig, OptimConfig
 from hsmn_dist.foundation.errors import ModelError
-from hsmn_dist.foundation.param_role import ParamRole
+from hsmn_dist.foundation.param_role import ParamRole, ParamUpdate
 from hsmn_dist.optim.deep_momentum import DeepMomentum, PreconditionedMomentum
 from hsmn_dist.optim.m3 import M3
 from hsmn_dist.optim.mixed import MixedOptimizer
@@ -26,7 +26,7 @@ def build_optimizer(
     config: OptimConfig,
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     roles: Mapping[str, ParamRole],
-    periods: Mapping[str, int] | None = None,
+    updates: Mapping[str, ParamUpdate] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer that `config` names, over every trainable parameter exactly once.
 
@@ -34,8 +34,7 @@ def build_optimizer(
         config: the optimizer section.
         named_parameters: names and parameters of the whole model.
         roles: `LanguageModel.parameter_roles()`.
-        periods: optimizer steps between two updates by parameter name (`HopeModel.parameter_periods()`); elementwise
-            rules only.
+        updates: period and rate by parameter name (`LanguageModel.parameter_updates()`); periods with AdamW alone.
 
     Raises:
         ModelError: a parameter that cannot be placed, or periods with a rule that has none.
@@ -43,7 +42,7 @@ def build_optimizer(
     settings = config.optimizer
     is_adam = isinstance(settings, AdamConfig)
     groups = build_groups(
-        named_parameters, roles, weight_decay=settings.weight_decay, uses_matrix_rule=not is_adam, periods=periods
+        named_parameters, roles, weight_decay=settings.weight_decay, uses_matrix_rule=not is_adam, updates=updates
     )
     has_periods = any(group["period_steps"] > 1 for group in groups)
     if isinstance(settings, AdamConfig):

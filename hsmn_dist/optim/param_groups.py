@@ -1,7 +1,8 @@
 """From roles to parameter groups: every trainable parameter is placed exactly once, or an error says which was not.
 
 Unusual: nothing is guessed from shapes or names (under ZeRO-3 shapes are gone, and names lied to others: DeepSpeed pull
-requests 8438 and 8442). Groups may carry a period, which is how a continuum memory with `cadence: optimizer` meets ZeRO.
+requests 8438 and 8442). Groups may carry a period and a rate, which is how a continuum memory with
+`cadence: optimizer` meets ZeRO.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from hsmn_dist.foundation.errors import ModelError
-from hsmn_dist.foundation.param_role import ParamRole
+from hsmn_dist.foundation.param_role import EVERY_STEP, ParamRole, ParamUpdate
 
 MATRIX_RULE = "matrix"
 ELEMENTWISE_RULE = "elementwise"
@@ -24,7 +25,7 @@ def build_groups(
     *,
     weight_decay: float,
     uses_matrix_rule: bool = False,
-    periods: Mapping[str, int] | None = None,
+    updates: Mapping[str, ParamUpdate] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups, none of them empty, in a fixed order.
 
@@ -35,34 +36,34 @@ def build_groups(
         uses_matrix_rule: put two-dimensional parameters of role MATRIX into groups of rule "matrix"; else all groups
             are "elementwise". A MATRIX parameter of another rank (stacked per-head memories, convolutions) stays
             elementwise.
-        periods: optimizer steps between two updates, by name; 1 for names that are not given.
+        updates: period and rate by name; every step, at the optimizer's rate, for names that are not given.
 
     Returns:
-        Groups with the keys params, weight_decay, rule, period_steps and name.
+        Groups with the keys params, weight_decay, rule, period_steps, rate_scale and name.
 
     Raises:
-        ModelError: a parameter without role, a role or period without parameter, or a tensor that comes twice.
+        ModelError: a parameter without role, a role or update without parameter, or a tensor that comes twice.
     """
     parameters = list(named_parameters)
-    periods = dict(periods or {})
-    _check_placement([name for name, _ in parameters], [p for _, p in parameters], roles, periods)
-    groups: dict[tuple[str, bool, int], dict[str, Any]] = {}
+    updates = dict(updates or {})
+    _check_placement([name for name, _ in parameters], [p for _, p in parameters], roles, updates)
+    groups: dict[tuple[str, bool, ParamUpdate], dict[str, Any]] = {}
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
         is_matrix = uses_matrix_rule and roles[name] is ParamRole.MATRIX and _rank(parameter) == 2
         rule = MATRIX_RULE if is_matrix else ELEMENTWISE_RULE
         decays = roles[name] is not ParamRole.VECTOR
-        period = periods.get(name, 1)
-        if (rule, decays, period) not in groups:
-            groups[rule, decays, period] = {
+        update = updates.get(name, EVERY_STEP)
+        if (rule, decays, update) not in groups:
+            groups[rule, decays, update] = {
                 "params": [],
                 "weight_decay": weight_decay if decays else 0.0,
                 "rule": rule,
-                "period_steps": period,
-                "name": f"{rule}_{'decay' if decays else 'no_decay'}_period_{period}",
+                **update._asdict(),
+                "name": f"{rule}_{'decay' if decays else 'no_decay'}_period_{update.period_steps}_rate_{update.rate_scale:g}",
             }
-        groups[rule, decays, period]["params"].append(parameter)
+        groups[rule, decays, update]["params"].append(parameter)
     if not groups:
         raise ModelError(
             "a model without a trainable parameter",
@@ -78,7 +79,7 @@ def _rank(parameter: nn.Parameter) -> int:
 
 
 def _check_placement(
-    names: list[str], parameters: list[nn.Parameter], roles: Mapping[str, ParamRole], periods: Mapping[str, int]
+    names: list[str], parameters: list[nn.Parameter], roles: Mapping[str, ParamRole], updates: Mapping[str, ParamUpdate]
 ) -> None:
     missing = [name for name in names if name not in roles]
     unknown = sorted(set(roles) - set(names))
@@ -94,10 +95,12 @@ def _check_placement(
             allowed="every parameter exactly once; a tied one under one name",
             action="pass model.named_parameters() as it is (it removes duplicates)",
         )
-    wrong = sorted(name for name, period in periods.items() if name not in set(names) or period < 1)
+    wrong = sorted(
+        name for name, own in updates.items() if name not in set(names) or own.period_steps < 1 or own.rate_scale < 0
+    )
     if wrong:
         raise ModelError(
-            f"update periods for {wrong[:5]}",
-            allowed="periods of 1 step or more, for parameters of the model",
-            action="correct the model's parameter_periods()",
+            f"update periods or rates for {wrong[:5]}",
+            allowed="periods of 1 step or more and rates of 0 or more, for parameters of the model",
+            action="correct the model's parameter_updates()",
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from hsmn_dist.config.models import ModelConfig
-from hsmn_dist.foundation.param_role import ParamRole
+from hsmn_dist.foundation.param_role import ParamRole, ParamUpdate
 from hsmn_dist.models.build import construct_model
 
 
@@ -24,7 +24,7 @@ class ParameterCount:
         num_blocks: blocks that activation checkpointing may wrap.
         largest_block: elements of the largest of them.
         matrices: shapes of the hidden matrices, which a matrix rule (Muon, M3, deep momentum) updates whole.
-        periodic: elements that are updated every several steps only (`HopeModel.parameter_periods`).
+        periodic: elements that are updated every several steps only (`LanguageModel.parameter_updates`).
     """
 
     sizes: tuple[int, ...]
@@ -59,12 +59,12 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks]
     roles = model.parameter_roles()
     shapes = [tuple(p.shape) for name, p in model.named_parameters() if roles[name] is ParamRole.MATRIX]
-    periods: dict[str, int] = getattr(model, "parameter_periods", dict)()
+    updates: dict[str, ParamUpdate] = getattr(model, "parameter_updates", dict)()
     return ParameterCount(
         tuple(sizes.values()),
         by_component,
         len(blocks),
         max(blocks, default=0),
         tuple((shape[0], shape[1]) for shape in shapes if len(shape) == 2),
-        sum(sizes[name] for name, period in periods.items() if period > 1),
+        sum(sizes[name] for name, update in updates.items() if update.period_steps > 1),
     )

@@ -8,6 +8,7 @@ from hsmn_dist.config.optim import OptimConfig
 from hsmn_dist.config.training import TrainingConfig
 from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.extras import require
+from hsmn_dist.foundation.param_role import ParamUpdate
 from hsmn_dist.models.contract import LanguageModel
 from hsmn_dist.training.activation_checkpointing import checkpoint_blocks
 from hsmn_dist.training.context_parallel import divide_context
@@ -20,7 +21,7 @@ def build_engine(
     optim: OptimConfig,
     model_factory: Callable[[], LanguageModel],
     world: World,
-    periods: Mapping[str, int] | None = None,
+    updates: Mapping[str, ParamUpdate] | None = None,
 ) -> Engine:
     """An engine around a new model.
 
@@ -30,7 +31,7 @@ def build_engine(
         model_factory: gives a model with its weights drawn; called once, after which every rank holds equal weights
             (seed all ranks alike before).
         world: this rank.
-        periods: optimizer steps between two updates by parameter name; the model's own where it has such.
+        updates: period and rate by parameter name; the model's own where it has such.
 
     Raises:
         ConfigError: a setting that this engine or number of ranks cannot have.
@@ -39,11 +40,11 @@ def build_engine(
     model = model_factory()
     divide_context(model, training, world)
     checkpoint_blocks(model, training.activation_checkpointing)
-    own_periods = getattr(model, "parameter_periods", None)
-    periods = dict(periods if periods is not None else own_periods() if own_periods is not None else {})
+    own_updates = getattr(model, "parameter_updates", None)
+    updates = dict(updates if updates is not None else own_updates() if own_updates is not None else {})
     if training.engine == "local":
-        return LocalEngine(training, optim, model, world, periods)
+        return LocalEngine(training, optim, model, world, updates)
     require("deepspeed")
     from hsmn_dist.training.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(training, optim, model, world, periods)
+    return DeepSpeedEngine(training, optim, model, world, updates)

@@ -10,33 +10,22 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from hsmn_dist.config.training import TrainingConfig
+from hsmn_dist.data.stream.partition import num_micro_batches
 from hsmn_dist.foundation.errors import ConfigError
 
 
 def accumulation_steps(training: TrainingConfig, world_size: int) -> int:
-    """Micro-batches per optimizer step and rank.
-
-    Raises:
-        ConfigError: the global batch is not a multiple of micro_batch_examples x ranks.
-    """
-    data_ranks = training.data_ranks(world_size)
-    unit = training.micro_batch_examples * data_ranks
-    if training.global_batch_examples % unit:
-        raise ConfigError(
-            f"training.global_batch_examples {training.global_batch_examples} on {data_ranks} ranks of "
-            f"{training.micro_batch_examples} examples",
-            allowed=f"a multiple of {unit}",
-            action="change global_batch_examples, micro_batch_examples, or the number of ranks",
-        )
-    return training.global_batch_examples // unit
+    """Micro-batches per optimizer step and rank, unpacked; where the batch does not divide, the last ones are filled up."""
+    return num_micro_batches(
+        training.global_batch_examples, training.micro_batch_examples, training.data_ranks(world_size)
+    )
 
 
 def deepspeed_config(training: TrainingConfig, world_size: int, device_type: Literal["cpu", "cuda"]) -> dict[str, Any]:
     """DeepSpeed's dictionary for this stage.
 
     Raises:
-        ConfigError: bf16 with ZeRO stage 0 (DeepSpeed's start-up step advances Adam's step count), or a batch that
-            does not divide.
+        ConfigError: bf16 with ZeRO stage 0 (DeepSpeed's start-up step advances Adam's step count).
     """
     stage = training.zero_stage
     is_bf16 = training.precision == "bf16"
@@ -46,11 +35,12 @@ def deepspeed_config(training: TrainingConfig, world_size: int, device_type: Lit
             allowed="bf16 with zero_stage 1, 2 or 3; fp32 with any",
             action="set training.zero_stage to 1",
         )
+    steps = accumulation_steps(training, world_size)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": training.micro_batch_examples,
-        "gradient_accumulation_steps": accumulation_steps(training, world_size),
-        # DeepSpeed counts rows that ranks share once for each of them.
-        "train_batch_size": training.global_batch_examples * training.context_parallel,
+        "gradient_accumulation_steps": steps,
+        # DeepSpeed's own count of rows: filled-up ones too, and rows that ranks share once for each of them.
+        "train_batch_size": training.micro_batch_examples * steps * world_size,
         # At stage 0 DeepSpeed clips without telling the norm, so the engine does it.
         "gradient_clipping": training.max_gradient_norm if stage else 0.0,
         "bf16": {"enabled": is_bf16},

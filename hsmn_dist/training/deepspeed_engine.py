@@ -24,6 +24,7 @@ from hsmn_dist.config.training import TrainingConfig
 from hsmn_dist.distributed.shards import ParamShard
 from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.errors import ConfigError
+from hsmn_dist.foundation.param_role import ParamUpdate
 from hsmn_dist.models.contract import LanguageModel, ModelInput, TargetLoss, cross_entropy
 from hsmn_dist.optim.build import build_optimizer
 from hsmn_dist.optim.param_groups import MATRIX_RULE
@@ -39,7 +40,7 @@ from hsmn_dist.training.zero_shards import ModelFacts, ZeroShards
 
 
 class DeepSpeedEngine:
-    """See `Engine`. Every step takes exactly `accumulation_steps(training, world_size)` micro-batches."""
+    """See `Engine`. A step takes exactly the micro-batches that `begin_step` named, or `accumulation_steps(training, world_size)`."""
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class DeepSpeedEngine:
         optim: OptimConfig,
         model: LanguageModel,
         world: World,
-        periods: Mapping[str, int],
+        updates: Mapping[str, ParamUpdate],
     ) -> None:
         settings = deepspeed_config(training, world.world_size, "cuda" if world.device.type == "cuda" else "cpu")
         _start_deepspeed(world)
@@ -65,7 +66,7 @@ class DeepSpeedEngine:
         parameters = dict(model.named_parameters())
         facts = ModelFacts(parameters, {name: tuple(p.shape) for name, p in parameters.items()}, roles, components)
         self._names = list(parameters)
-        optimizer = self._build_optimizer(training, optim, facts, periods)
+        optimizer = self._build_optimizer(training, optim, facts, updates)
         self._nll = NllModule(model)
         if training.compiles_model:
             self._nll.compile(dynamic=True)
@@ -79,10 +80,10 @@ class DeepSpeedEngine:
             self._owned.attach(self._shards.slots(False))
 
     def _build_optimizer(
-        self, training: TrainingConfig, optim: OptimConfig, facts: ModelFacts, periods: Mapping[str, int]
+        self, training: TrainingConfig, optim: OptimConfig, facts: ModelFacts, updates: Mapping[str, ParamUpdate]
     ) -> torch.optim.Optimizer:
         """The optimizer section's; under ZeRO 1 to 3 a matrix rule gets its whole matrices from `OwnedMatrixOptimizer`."""
-        plain = build_optimizer(optim, facts.parameters.items(), facts.roles, periods)
+        plain = build_optimizer(optim, facts.parameters.items(), facts.roles, updates)
         whole = {id(p) for group in plain.param_groups if group.get("rule") == MATRIX_RULE for p in group["params"]}
         self._owned: OwnedMatrixOptimizer | None = None
         if self._stage == 0 or not whole:
@@ -98,6 +99,11 @@ class DeepSpeedEngine:
             plain.param_groups, lambda named, roles: build_optimizer(optim, named, roles), names
         )
         return self._owned
+
+    def begin_step(self, num_micro_batches: int) -> None:
+        """See Engine."""
+        assert self._index == 0, f"begin_step after {self._index} micro-batches of a step"
+        self._num_micro_batches = num_micro_batches
 
     def forward_backward(
         self, batch: ModelInput, global_target_tokens: float, target_loss: TargetLoss = cross_entropy
@@ -139,7 +145,7 @@ class DeepSpeedEngine:
                 assert shard.gradient is not None
                 shard.gradient.mul_(factor)
         for group in self._shards.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate_scale"]
         self._engine.step()
 
     def discard_gradients(self) -> None:

@@ -1,6 +1,6 @@
 """Engine: what the training loop needs from DeepSpeed, and from its one-process twin.
 
-Order inside a step: `forward_backward` for each micro-batch, then penalties may edit `param_shards()[i].gradient`, then
+Order inside a step: `begin_step`, `forward_backward` for each micro-batch, then penalties may edit `param_shards()[i].gradient`, then
 `step`, then anything that edits `param_shards()[i].value` followed by `refresh`.
 """
 
@@ -51,6 +51,12 @@ class Engine(Protocol):
     forward_timer: ForwardTimer
     num_shard_copies: int
     """How many ranks hold each shard: 1, or the number of ranks where nothing is sharded (ZeRO stage 0)."""
+
+    def begin_step(self, num_micro_batches: int) -> None:
+        """How many calls of `forward_backward` come before the next `step`, the same on every rank. Where it is not called: as
+        many as the unpacked global batch has.
+        """
+        ...
 
     def forward_backward(
         self, batch: ModelInput, global_target_tokens: float, target_loss: TargetLoss = cross_entropy

@@ -17,6 +17,7 @@ from hsmn_dist.config.training import TrainingConfig
 from hsmn_dist.distributed.shards import ParamShard
 from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.errors import ConfigError
+from hsmn_dist.foundation.param_role import ParamUpdate
 from hsmn_dist.models.contract import LanguageModel, ModelInput, TargetLoss, cross_entropy
 from hsmn_dist.optim.build import build_optimizer
 from hsmn_dist.training.engine import Accepts, StepStats, always
@@ -38,7 +39,7 @@ class LocalEngine:
         optim: OptimConfig,
         model: LanguageModel,
         world: World,
-        periods: Mapping[str, int],
+        updates: Mapping[str, ParamUpdate],
     ) -> None:
         if world.world_size != 1:
             raise ConfigError(
@@ -63,9 +64,12 @@ class LocalEngine:
         self._nll = NllModule(model)
         if training.compiles_model:
             self._nll.compile(dynamic=True)
-        self._optimizer = build_optimizer(optim, self._masters.items(), roles, periods)
+        self._optimizer = build_optimizer(optim, self._masters.items(), roles, updates)
         self._has_gradients = False
         self._roles = roles
+
+    def begin_step(self, num_micro_batches: int) -> None:
+        """See Engine. Gradients add up here however many micro-batches come."""
 
     def forward_backward(
         self, batch: ModelInput, global_target_tokens: float, target_loss: TargetLoss = cross_entropy
@@ -99,7 +103,7 @@ class LocalEngine:
                     assert master.grad is not None
                     master.grad.mul_(factor)
             for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group["rate_scale"]
             self._optimizer.step()
             self.refresh()
         self.discard_gradients()

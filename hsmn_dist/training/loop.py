@@ -282,6 +282,7 @@ class _Stage:
     def _forward_backward(self, batch: list[ModelInput], counts: _Counts) -> Tensor:
         """This rank's sum of losses, left on the device: nothing waits for it here."""
         total = torch.zeros((), device=self._parts.world.device)
+        self._engine.begin_step(len(batch))
         for micro in batch:
             total += self._engine.forward_backward(micro, max(counts.num_scored, 1))
         return total

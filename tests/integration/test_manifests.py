@@ -122,6 +122,9 @@ def test_broken_copies_of_core_objects_are_refused(what: str, tmp_path: Path) ->
 @pytest.mark.parametrize("scale", ["dev", "gpu"])
 def test_the_jobs_cluster_is_the_standing_cluster(scale: str) -> None:
     job, cluster = rendered(f"{scale}/job")[0], rendered(f"{scale}/cluster")[0]
+    for size in ("replicas", "minReplicas"):  # the job is elastic; a standing cluster of GPUs holds them all
+        assert worker(job)[size] <= worker(cluster)[size]
+        worker(job)[size] = worker(cluster)[size]
     assert job["spec"]["rayClusterSpec"] == cluster["spec"]
 
 
@@ -188,9 +191,10 @@ def test_the_job_has_the_ranks_that_its_run_may_ask_for(scale: str) -> None:
     assert (config.cluster.device == "gpu") is ("nvidia.com/gpu" in limits)
 
 
-def test_the_development_job_is_elastic() -> None:
-    group = worker(rendered("dev/job")[0])
-    assert group["minReplicas"] < group["maxReplicas"]
+@pytest.mark.parametrize("scale", ["dev", "gpu"])
+def test_the_job_is_elastic_and_a_standing_cluster_has_room_for_its_largest_size(scale: str) -> None:
+    group, standing = worker(rendered(f"{scale}/job")[0]), worker(rendered(f"{scale}/cluster")[0])
+    assert group["minReplicas"] < group["maxReplicas"] == standing["maxReplicas"]
 
 
 @pytest.mark.parametrize("scale", ["dev", "gpu"])

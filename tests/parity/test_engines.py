@@ -18,6 +18,7 @@ from hsmn_dist.config.training import TrainingConfig
 from hsmn_dist.distributed.collectives import all_reduce_sum
 from hsmn_dist.distributed.determinism import seed_everything
 from hsmn_dist.distributed.world import World
+from hsmn_dist.foundation.param_role import ParamUpdate
 from hsmn_dist.models.contract import cross_entropy
 from hsmn_dist.training.build import build_engine
 from hsmn_dist.training.engine import Engine
@@ -120,6 +121,49 @@ def test_one_rank_of_deepspeed_trains_as_plain_torch_does(stage: int) -> None:
     world = World()
     found = run_course(make_engine(world, "deepspeed", stage), world, 50)
     assert_same_course(found, local_course(50), 1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_steps_may_have_different_numbers_of_micro_batches(stage: int) -> None:
+    """As packed rows have, and numbers of ranks that do not divide the global batch."""
+    ways = [(2, 2, 2, 2), (8,), (4, 2, 2), (1, 1, 1, 1, 4)]
+    assert all(sum(way) == NUM_EXAMPLES for way in ways)
+    found = []
+    for name in ("deepspeed", "local"):
+        engine = make_engine(World(), name, stage if name == "deepspeed" else 0)
+        for step, way in enumerate(ways):
+            batch, start = tiny_batch(step, NUM_EXAMPLES), 0
+            engine.begin_step(len(way))
+            for size in way:
+                engine.forward_backward(rows_of(batch, start, start + size), int(batch.loss_mask.sum()))
+                start += size
+            engine.step(RATE)
+        found.append(engine.state_dict())
+    assert all((weight - found[1][name]).abs().max() < 1e-5 for name, weight in found[0].items())
+
+
+@pytest.mark.parametrize("stage", ["local", 0, 1, 2, 3])
+def test_a_parameter_may_have_a_rate_of_its_own(stage: int | str) -> None:
+    """Adam's first step is as long as the rate, so it shows the rate."""
+    training = TrainingConfig.model_validate(
+        {
+            "engine": "local" if stage == "local" else "deepspeed",
+            "zero_stage": 0 if stage == "local" else stage,
+            "global_batch_examples": 2,
+            "micro_batch_examples": 2,
+        }
+    )
+    optim = OptimConfig.model_validate({"optimizer": {"weight_decay": 0.0}})
+    scales = {"head.weight": 0.0, "embedding.weight": 0.25}
+    engine = build_engine(
+        training, optim, lambda: TinyModel(tied=False), World(), {name: ParamUpdate(1, s) for name, s in scales.items()}
+    )
+    before = engine.state_dict()
+    engine.forward_backward(tiny_batch(0, 2), 5)
+    engine.step(RATE)
+    for name, weight in engine.state_dict().items():
+        longest = float((weight - before[name]).abs().max())
+        assert longest == pytest.approx(RATE * scales.get(name, 1.0), rel=1e-3), name
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

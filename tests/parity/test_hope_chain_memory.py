@@ -197,10 +197,8 @@ def test_stopped_writes_carry_no_gradient_also_where_the_change_is_bounded():
 @pytest.mark.parametrize("cadence", ["tokens", "optimizer"])
 def test_levels_stacked_on_a_pretrained_model_with_rate_zero_are_that_model_exactly(cadence, writes):
     plain = tiny_model(uses_cms=False, num_layers=2)
-    levels = [
-        {"period": 2, "hidden_units": 24, "learning_rate": 0.0},
-        {"period": 4, "hidden_units": 6, "learning_rate": 0.0},
-    ]
+    rate = {"rate_scale" if cadence == "optimizer" else "learning_rate": 0.0}
+    levels = [{"period": 2, "hidden_units": 24, **rate}, {"period": 4, "hidden_units": 6, **rate}]
     cms = {"form": "chain", "cadence": cadence, "levels": levels, "writes": writes}
     stacked = tiny_model(seed=1, uses_mlp=False, num_layers=2, cms=cms)
     weights = {n: p for n, p in plain.state_dict().items() if ".mlp" not in n}

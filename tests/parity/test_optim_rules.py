@@ -8,7 +8,7 @@ from torch import nn
 
 from hsmn_dist.config.optim import AdamConfig, DeepMomentumConfig, M3Config, MuonConfig, OptimConfig
 from hsmn_dist.foundation.errors import ModelError
-from hsmn_dist.foundation.param_role import ParamRole
+from hsmn_dist.foundation.param_role import ParamRole, ParamUpdate
 from hsmn_dist.optim.build import build_optimizer
 from hsmn_dist.optim.deep_momentum import DeepMomentum, PreconditionedMomentum
 from hsmn_dist.optim.delta_descent import DeltaGradientDescent
@@ -281,4 +281,6 @@ def test_flat_pieces_and_periods_are_refused_by_matrix_rules():
     with pytest.raises(ModelError, match="ZeRO"):
         M3([{"params": [nn.Parameter(torch.zeros(6))], "rule": "matrix"}])
     with pytest.raises(ModelError, match="periods"):
-        build_optimizer(OptimConfig(optimizer=M3Config()), _model().named_parameters(), ROLES, {"1.weight": 4})
+        build_optimizer(
+            OptimConfig(optimizer=M3Config()), _model().named_parameters(), ROLES, {"1.weight": ParamUpdate(4)}
+        )

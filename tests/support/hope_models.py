@@ -30,7 +30,8 @@ def small_memories(**changes) -> dict:
 
 def chain(periods=(2, 4), **changes) -> dict:
     """A chain of small MLP levels."""
-    levels = [{"period": period, "hidden_units": 6, "learning_rate": 2.0} for period in periods]
+    rate = {"rate_scale": 0.5} if changes.get("cadence") == "optimizer" else {"learning_rate": 2.0}
+    levels = [{"period": period, "hidden_units": 6, **rate} for period in periods]
     return {"form": "chain", "levels": levels, **changes}
 
 

@@ -106,15 +106,6 @@ class HopeModel(LanguageModel):
         """Of embedding, mixer, cms, mlp, head; a norm belongs to the part it feeds."""
         return {name: _component(name) for name, _ in self.named_parameters()}
 
-    def parameter_periods(self) -> dict[str, int]:
-        """Optimizer steps between two updates, for parameters of CMS levels with `cadence: optimizer`."""
-        periods: dict[str, int] = {}
-        for prefix, module in self.named_modules():
-            given = getattr(module, "parameter_periods", None)
-            if module is not self and callable(given):
-                periods.update({f"{prefix}.{name}": p for name, p in given().items() if p > 1})
-        return periods
-
     def initial_state(self, batch_size: int) -> HopeState:
         """An empty state: given to `forward`, it starts a stream whose state comes back."""
         device = self.norm.weight.device

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hsmn_dist.config.models import CmsConfig
+from hsmn_dist.foundation.param_role import ParamUpdate
 from hsmn_dist.models.example_rows import per_example
 from hsmn_dist.models.hope.mixers import SequenceInfo
 from hsmn_dist.models.layers.feed_forward import FeedForward
@@ -58,10 +59,10 @@ class OptimizerChain(nn.Module):
             found[f"memory/level_{index}_change_norm"] = (now - first).norm()
         return found
 
-    def parameter_periods(self) -> dict[str, int]:
-        """Optimizer steps between two updates, by parameter name; period 0 (never inside a sequence) is every step."""
+    def parameter_updates(self) -> dict[str, ParamUpdate]:
+        """Period and rate by parameter name; period 0 (never inside a sequence) is every step."""
         return {
-            f"levels.{index}.{name}": max(1, level.period)
+            f"levels.{index}.{name}": ParamUpdate(max(1, level.period), level.rate_scale)
             for index, level in enumerate(self.settings.levels)
             for name, _ in self.levels[index].named_parameters()
         }

@@ -150,6 +150,19 @@ def test_contradictions_are_refused_with_advice(
 CHAIN = ["model.cms.form=chain", "model.cms.cadence=optimizer"]
 
 
+def test_a_rate_that_the_cadence_has_no_use_for_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL.replace("family: hsmn", "family: hope"))
+    for cadence, used, unused in (
+        ("optimizer", "rate_scale", "learning_rate"),
+        ("tokens", "learning_rate", "rate_scale"),
+    ):
+        base = ["model.cms.form=chain", f"model.cms.cadence={cadence}"]
+        config = load_run_config(path, [*base, f"model.cms.levels=[{{period: 2, {used}: 0.125}}]"])
+        assert run_config_from_mapping(yaml.safe_load(write_resolved_text(config, tmp_path))) == config
+        error = refusal(path, *base, f"model.cms.levels=[{{period: 2, {unused}: 0.125}}]")
+        assert unused in error.found and used in f"{error.found} {error.allowed}"
+
+
 @pytest.mark.parametrize("family", ["hope", "hsmn_hope"])
 @pytest.mark.parametrize("kind", ["muon", "m3", "deep_momentum"])
 def test_pairs_of_optimizer_and_memory_that_no_engine_has_are_refused(tmp_path: Path, family: str, kind: str) -> None:
@@ -182,12 +195,14 @@ def test_an_elastic_range_is_checked_for_every_number_of_ranks(tmp_path: Path) -
     config = load_run_config(path, [*batch, "cluster.num_workers=[1, 2]"])
     assert list(config.cluster.world_sizes) == [1, 2]
     assert list(load_run_config(path, batch).cluster.world_sizes) == [2]
+    uneven = load_run_config(path, [*batch, "cluster.num_workers=[3, 5]"])
+    assert list(uneven.cluster.world_sizes) == [3, 4, 5]
     assert run_config_from_mapping(yaml.safe_load(write_resolved_text(config, tmp_path))) == config
     for value, found in (
         ("[2, 1]", "is no range"),
         ("[1]", "is no range"),
         ("[0, 2]", "is no range"),
-        ("[1, 4]", "to 3 ranks"),
+        ("[1, 17]", "some of 17 ranks without one"),
     ):
         assert found in refusal(path, *batch, f"cluster.num_workers={value}").found
     assert "launcher local" in refusal(path, *batch, "cluster.num_workers=[1, 2]", "cluster.launcher=local").found

@@ -6,7 +6,7 @@ from torch import nn
 
 from hsmn_dist.config.optim import AdamConfig, OptimConfig
 from hsmn_dist.foundation.errors import ModelError
-from hsmn_dist.foundation.param_role import ParamRole
+from hsmn_dist.foundation.param_role import ParamRole, ParamUpdate
 from hsmn_dist.optim.build import build_optimizer
 from hsmn_dist.optim.param_groups import build_groups
 
@@ -45,20 +45,22 @@ def test_frozen_parameters_are_left_out():
     assert sum(len(g["params"]) for g in groups) == 5
 
 
-@pytest.mark.parametrize("change", ["missing", "unknown", "twice", "period"])
+@pytest.mark.parametrize("change", ["missing", "unknown", "twice", "nobody", "period", "rate"])
 def test_a_parameter_that_cannot_be_placed_once_is_an_error(change):
     model = _model()
-    named, roles, periods = list(model.named_parameters()), dict(ROLES), {}
+    named, roles, updates = list(model.named_parameters()), dict(ROLES), {}
     if change == "missing":
         del roles["1.bias"]
     elif change == "unknown":
         roles["9.weight"] = ParamRole.MATRIX
     elif change == "twice":
         named.append(named[0])
+    elif change == "nobody":
+        updates["nobody"] = ParamUpdate(4)
     else:
-        periods["nobody"] = 4
+        updates["1.weight"] = ParamUpdate(0) if change == "period" else ParamUpdate(1, -1.0)
     with pytest.raises(ModelError):
-        build_groups(named, roles, weight_decay=0.0, periods=periods)
+        build_groups(named, roles, weight_decay=0.0, updates=updates)
 
 
 def test_adam_step_equals_the_written_equations():
@@ -83,7 +85,7 @@ def test_periodic_group_is_constant_between_updates_and_then_takes_the_summed_gr
     model, twin = _model().double(), _model().double()
     twin.load_state_dict(model.state_dict())
     config = OptimConfig(optimizer=AdamConfig(learning_rate=0.01, weight_decay=0.1))
-    optimizer = build_optimizer(config, model.named_parameters(), ROLES, periods={"1.weight": 3})
+    optimizer = build_optimizer(config, model.named_parameters(), ROLES, updates={"1.weight": ParamUpdate(3)})
     single = build_optimizer(config, twin.named_parameters(), ROLES)
     total = torch.zeros_like(model[1].weight)
     for step in range(1, 7):
@@ -107,14 +109,16 @@ def test_periodic_state_survives_save_and_load_in_the_middle_of_a_period_bitwise
         torch.manual_seed(2)
         model = _model()
         config = OptimConfig(optimizer=AdamConfig(learning_rate=0.01))
-        optimizer = build_optimizer(config, model.named_parameters(), ROLES, periods={"1.weight": 4})
+        optimizer = build_optimizer(config, model.named_parameters(), ROLES, updates={"1.weight": ParamUpdate(4)})
         for step in range(8):
             for p in model.parameters():
                 p.grad = torch.randn_like(p)
             optimizer.step()
             if interrupted and step == 4:
                 torch.save(optimizer.state_dict(), tmp_path / "state.pt")
-                optimizer = build_optimizer(config, model.named_parameters(), ROLES, periods={"1.weight": 4})
+                optimizer = build_optimizer(
+                    config, model.named_parameters(), ROLES, updates={"1.weight": ParamUpdate(4)}
+                )
                 optimizer.load_state_dict(torch.load(tmp_path / "state.pt"))
         return [p.detach().clone() for p in model.parameters()]
 

@@ -66,6 +66,9 @@ def test_bf16_with_stage_0_is_refused() -> None:
         deepspeed_config(TrainingConfig(zero_stage=0, precision="bf16"), 1, "cpu")
 
 
-def test_a_global_batch_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a multiple of 12"):
-        accumulation_steps(TrainingConfig(global_batch_examples=16, micro_batch_examples=4), 3)
+@pytest.mark.parametrize(("world_size", "steps"), [(1, 4), (2, 2), (3, 2), (4, 1), (5, 1), (16, 1)])
+def test_a_global_batch_that_does_not_divide_is_filled_up(world_size: int, steps: int) -> None:
+    training = TrainingConfig(global_batch_examples=16, micro_batch_examples=4)
+    assert accumulation_steps(training, world_size) == steps
+    # DeepSpeed asserts that its three sizes agree.
+    assert deepspeed_config(training, world_size, "cpu")["train_batch_size"] == 4 * steps * world_size

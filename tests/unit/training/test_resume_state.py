@@ -11,6 +11,7 @@ import torch
 
 from hsmn_dist.distributed.determinism import seed_everything
 from hsmn_dist.distributed.world import World
+from hsmn_dist.foundation.param_role import ParamUpdate
 from hsmn_dist.training.build import build_engine
 from hsmn_dist.training.checkpoint import Checkpointer, TrainState
 from hsmn_dist.training.engine import Engine
@@ -58,7 +59,9 @@ def test_level_clocks_go_on_in_the_middle_of_a_period(tmp_path: Path) -> None:
 
     def engine(world: World) -> Engine:
         seed_everything(5)
-        return build_engine(training_config(), OPTIM, TinyModel, world, periods=dict.fromkeys(slow, 4))
+        return build_engine(
+            training_config(), OPTIM, TinyModel, world, updates=dict.fromkeys(slow, ParamUpdate(4, 0.5))
+        )
 
     def steps(one: Engine, first: int, last: int) -> None:
         for step in range(first, last):

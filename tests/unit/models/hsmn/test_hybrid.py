@@ -77,10 +77,10 @@ def test_loss_at_step_0_is_ln_v_and_names_are_complete(form):
 
 def test_optimizer_cadence_gives_its_periods():
     model = hybrid("optimizer")
-    periods = model.parameter_periods()
-    assert set(periods.values()) == {2, 4}
-    assert set(periods) <= {name for name, _ in model.named_parameters()}
-    assert hybrid("decay").parameter_periods() == {}
+    updates = model.parameter_updates()
+    assert set(updates.values()) == {(2, 1.0), (4, 1.0)}
+    assert set(updates) <= {name for name, _ in model.named_parameters()}
+    assert hybrid("decay").parameter_updates() == {}
 
 
 def test_health_of_the_levels_comes_out():
