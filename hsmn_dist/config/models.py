@@ -61,10 +61,11 @@ class HsmnConfig(Section):
         description="Chunks encoded at a time; 0 encodes all at once. Groups bound the working memory of long contexts; what "
         "they compute again in the backward pass is encoder_recompute. 16 to 64 is a good size on a CPU.",
     )
-    encoder_recompute: Literal["none", "sublayers", "all"] = Field(
+    encoder_recompute: Literal["none", "attention", "sublayers", "all"] = Field(
         "all",
-        description="What groups of chunks compute again in the backward pass (without groups nothing): all keeps the memory "
-        "of very long contexts small for about a third more time, sublayers keeps what stands between the sublayers for a fifth (by FLOPs; not timed yet).",
+        description="What groups of chunks compute again in the backward pass (without groups nothing), from fast to small: none; "
+        "attention, whose queries, keys and values are many bytes and little work; sublayers, which keeps what stands between them; "
+        "all, for very long contexts.",
     )
     activation: Literal["relu", "gelu", "silu"] = Field("relu", description="Feed-forward activation.")
     norm_placement: Literal["pre", "post"] = Field(

@@ -120,6 +120,8 @@ def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations
         norms = rows * 2 * d * size + queries * 2 * d * size
         attention = 2 * rows * d * size + 3 * queries * d * size + queries * heads * FP32
         inner = _feed_forward(queries, f, storage, is_gelu)
+        if recompute == "attention":  # one group at a time has its norm's output, queries, keys, values and reads
+            return chunks * (norms - rows * d * size + masks + inner)
         if recompute == "sublayers":  # one group at a time has the rest
             return chunks * (rows * d * size + queries * d * size + masks)
         return chunks * (norms + attention + masks + inner)

@@ -148,7 +148,7 @@ def test_a_compiled_model_takes_the_batched_path_uncompiled(name: str, ways: lis
         torch.compiler.reset()
 
 
-@pytest.mark.parametrize("recompute", ["none", "sublayers", "all"])
+@pytest.mark.parametrize("recompute", ["none", "attention", "sublayers", "all"])
 def test_chunks_in_groups_change_nothing(recompute: str, ways: list[bool]) -> None:
     config = FisherConfig(estimator="sampled", **SETTINGS)
     engine = engine_of("hsmn", World())

@@ -18,6 +18,7 @@ VARIANTS = [
     {"num_encoder_layers": 1, "chunk_stride": 6, "min_chunks": 3},
     {"encoder_group_chunks": 2},
     {"encoder_group_chunks": 2, "encoder_recompute": "sublayers"},
+    {"encoder_group_chunks": 2, "encoder_recompute": "attention"},
     {"encoder_group_chunks": 2, "encoder_recompute": "none"},
 ]
 

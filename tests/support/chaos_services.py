@@ -204,9 +204,14 @@ class RayCluster:
                 node.wait(timeout=15)
             except subprocess.TimeoutExpired:
                 self.remove(node)
-        for pid in marked_processes(str(self.folder)):  # orphans of nodes that were killed
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        # Orphans of nodes that were killed; again and again, since one that is killed may just have started another.
+        while left := marked_processes(str(self.folder)):
+            assert time.monotonic() < deadline, f"the cluster's own processes live on: {left}"
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.2)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

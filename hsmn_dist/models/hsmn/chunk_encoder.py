@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,8 @@ from hsmn_dist.models.layers.attention import Attention
 from hsmn_dist.models.layers.feed_forward import Activation, FeedForward
 from hsmn_dist.models.layers.norms import build_norm
 
+Recompute = Literal["none", "attention", "sublayers", "all"]
+
 
 def announced_rows(owners: Tensor | None) -> AbstractContextManager[None]:
     """`example_rows`, except inside torch.compile, which cannot trace it (and where nobody listens)."""
@@ -35,7 +38,7 @@ class EncoderGroups:
     """How many chunks are encoded at a time (0: all of them), and what a group computes again in the backward pass."""
 
     num_chunks: int = 0
-    recompute: Literal["none", "sublayers", "all"] = "all"
+    recompute: Recompute = "all"
 
 
 class _GatheredRows(torch.autograd.Function):
@@ -82,16 +85,18 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.is_pre_norm = is_pre_norm
 
-    def forward(self, x: Tensor, key_mask: Tensor, num_rows: int, recomputes_sublayers: bool = False) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor, num_rows: int, recompute: Recompute = "none") -> Tensor:
         """From x [R, S + 1, D] and key_mask [R, 1, 1, S + 1] -> the first `num_rows` positions, [R, num_rows, D].
 
-        With `recomputes_sublayers` only what stands between the sublayers is kept for the backward pass.
+        `recompute`: what is not kept for the backward pass; "attention" or (both) "sublayers", else nothing.
         """
-        is_lean = recomputes_sublayers and torch.is_grad_enabled()
-        read = _recomputed(self._attended, x, key_mask, num_rows) if is_lean else self._attended(x, key_mask, num_rows)
+        again = recompute if torch.is_grad_enabled() else "none"
+        attended = partial(_recomputed, self._attended) if again in ("attention", "sublayers") else self._attended
+        fed_forward = partial(_recomputed, self._fed_forward) if again == "sublayers" else self._fed_forward
+        read = attended(x, key_mask, num_rows)
         x = x[:, :num_rows] + self.dropout(read)
         x = x if self.is_pre_norm else self.attention_norm(x)
-        fed = _recomputed(self._fed_forward, x) if is_lean else self._fed_forward(x)
+        fed = fed_forward(x)
         x = x + self.dropout(fed)
         return x if self.is_pre_norm else self.feed_forward_norm(x)
 
@@ -173,12 +178,12 @@ class ChunkEncoder(nn.Module):
 
     def _encode(self, embedded: Tensor, mask: Tensor, owners: Tensor | None) -> Tensor:
         num_chunks, chunk_size, _ = embedded.shape
-        recomputes_sublayers = self.groups.num_chunks > 0 and self.groups.recompute == "sublayers"
+        recompute = self.groups.recompute if self.groups.num_chunks > 0 else "none"
         with announced_rows(owners):
             positions = torch.arange(chunk_size + 1, device=mask.device).expand(num_chunks, -1)
             x = self.dropout(F.pad(embedded, (0, 0, 1, 0)) + self.position_embedding(positions))  # [R, S + 1, D]
             key_mask = F.pad(mask, (1, 0), value=True)[:, None, None, :]
             last = len(self.layers) - 1
             for number, layer in enumerate(self.layers):
-                x = layer(x, key_mask, 1 if number == last else chunk_size + 1, recomputes_sublayers)
+                x = layer(x, key_mask, 1 if number == last else chunk_size + 1, recompute)
             return self.final_norm(x[:, 0])  # [R, D]

@@ -51,6 +51,15 @@ def test_strange_json_in_a_checkpoint_is_refused_in_words(tmp_path: Path, name: 
         Checkpointer(tmp_path / "c", World()).restore(engine)
 
 
+def test_a_number_of_ranks_is_never_counted_out(tmp_path: Path) -> None:
+    engine = one_rank_engine(tmp_path)
+    place = Checkpointer(tmp_path / "c", World()).save(engine, TrainState(step=1))
+    manifest = json.loads((place / MANIFEST).read_text())
+    (place / MANIFEST).write_text(json.dumps({**manifest, "world_size": 2**40}))  # took forever, and memory
+    state = Checkpointer(tmp_path / "c", World()).restore(engine)
+    assert state is not None and state.step == 1
+
+
 def test_a_position_beyond_the_words_of_a_random_generator_is_refused(tmp_path: Path) -> None:
     engine = one_rank_engine(tmp_path)
     place = Checkpointer(tmp_path / "c", World()).save(engine, TrainState(step=1))

@@ -100,7 +100,7 @@ def test_the_last_encoder_layer_computes_the_cls_row_alone():
     assert shapes == [(7, 16), (1, 16)]
 
 
-@pytest.mark.parametrize("recompute", ["none", "sublayers", "all"])
+@pytest.mark.parametrize("recompute", ["none", "attention", "sublayers", "all"])
 @pytest.mark.parametrize(("group", "placement"), [(1, "pre"), (4, "post"), (100, "pre")])
 def test_encoding_in_groups_changes_nothing(group, placement, recompute):
     inputs = batch([60, 0, 33], [5, 4, 3])
@@ -140,7 +140,7 @@ def largest_tensor_in_backward(model, inputs):
     return sizes.largest
 
 
-@pytest.mark.parametrize("recompute", ["none", "sublayers", "all"])
+@pytest.mark.parametrize("recompute", ["none", "attention", "sublayers", "all"])
 def test_no_tensor_of_the_backward_pass_grows_with_the_number_of_groups(recompute):
     model = tiny_model(encoder_group_chunks=8, encoder_recompute=recompute, d_feed_forward=256).train()
     short, long = (largest_tensor_in_backward(model, batch([n], [4])) for n in (100, 400))
@@ -163,7 +163,9 @@ def seeded_loss(model, inputs):
     return losses.nll.sum()
 
 
-@pytest.mark.parametrize(("group", "recompute"), [(0, "all"), (3, "all"), (3, "sublayers"), (3, "none")])
+@pytest.mark.parametrize(
+    ("group", "recompute"), [(0, "all"), (3, "all"), (3, "sublayers"), (3, "attention"), (3, "none")]
+)
 def test_gradients_with_dropout_under_activation_checkpointing_equal_finite_differences(group, recompute):
     model = tiny_model(
         encoder_dropout=0.3, decoder_dropout=0.3, encoder_group_chunks=group, encoder_recompute=recompute
