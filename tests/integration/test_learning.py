@@ -47,6 +47,7 @@ def test_the_contexts_are_at_least_four_chunk_spans_long() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize("family", ["hsmn", "hope"])
 def test_a_small_model_recalls_a_pass_key_from_contexts_of_many_chunks(family: str, tmp_path: Path) -> None:
     start = time.monotonic()
@@ -74,6 +75,7 @@ def test_the_memory_that_is_off_differs_in_its_write_rate_alone(tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2500)
 def test_recall_needs_the_memory_that_writes_in_context(tmp_path: Path) -> None:
     path = RUNS / "study_memory_cpu.yaml"
     done = run_command("study", str(path), folder=tmp_path, timeout=2400)

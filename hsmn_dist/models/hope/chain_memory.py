@@ -240,6 +240,12 @@ class _Walk:
         self.levels: list[LevelState | None] = []
         self.num_updates = [torch.zeros(batch, device=device) for _ in memory.periods]
         self.gradient_norms = [torch.zeros(batch, device=device) for _ in memory.periods]
+        # What several chunks share is made once: a level between two ticks, nothing pending, rate, and the bound of a change.
+        self._weights: list[Weights | None] = [None] * len(memory.periods)
+        self._is_clear = [state is None] * len(memory.periods)
+        self._nothing: dict[int, tuple[Tensor, ...]] = {}
+        self._limits: dict[int, Tensor] = {}
+        self._steps_back: dict[int, Tensor] = {}
         for index, period in enumerate(memory.periods):
             if state is not None:
                 self.levels.append(state.levels[index])
@@ -261,18 +267,35 @@ class _Walk:
         level = self.levels[index]
         if level is None or (self.host_tokens is not None and self.host_tokens < self.memory.periods[index]):
             return None
-        start = self.memory.start(index)
-        inner, inner_bias, outer, outer_bias = (
-            (p.to(c.dtype) + c).to(dtype) for p, c in zip(start, level.change, strict=True)
-        )
-        return inner, inner_bias, outer, outer_bias
+        known = self._weights[index]
+        if known is None or known[0].dtype != dtype:
+            start = self.memory.start(index)
+            inner, inner_bias, outer, outer_bias = (
+                (p.to(c.dtype) + c).to(dtype) for p, c in zip(start, level.change, strict=True)
+            )
+            known = self._weights[index] = inner, inner_bias, outer, outer_bias
+        return known
+
+    def _set(self, index: int, level: LevelState, is_clear: bool) -> None:
+        """Replace a level; `is_clear`: surely nothing is pending in any row."""
+        self.levels[index] = level
+        self._weights[index] = None
+        self._is_clear[index] = is_clear
+
+    def _cleared(self, index: int, pending: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if index not in self._nothing:
+            self._nothing[index] = tuple(torch.zeros_like(p) for p in pending)
+        return self._nothing[index]
 
     def collect(self, index: int, gradients: tuple[Tensor, ...]) -> None:
         """Add a chunk's gradients to what is pending."""
         level = self.levels[index]
         assert level is not None
-        pending = tuple(p + g.to(p.dtype) for p, g in zip(level.pending, gradients, strict=True))
-        self.levels[index] = LevelState(level.change, pending, level.base)
+        is_clear = self._is_clear[index]
+        pending = tuple(
+            g.to(p.dtype) if is_clear else p + g.to(p.dtype) for p, g in zip(level.pending, gradients, strict=True)
+        )
+        self.levels[index], self._is_clear[index] = LevelState(level.change, pending, level.base), False
 
     def restart(self, layout: ChunkLayout, index: int) -> None:
         """Rows whose chunk `index` begins a new segment forget everything."""
@@ -281,7 +304,8 @@ class _Walk:
         begins = layout.restarts[:, index]
         for number, level in enumerate(self.levels):
             if level is not None:
-                self.levels[number] = level.mapped(lambda t: _where(begins, torch.zeros_like(t), t))
+                fresh = level.mapped(lambda t: _where(begins, torch.zeros_like(t), t))
+                self._set(number, fresh, self._is_clear[number])
         self.num_tokens = torch.where(begins, torch.zeros_like(self.num_tokens), self.num_tokens)
         self.host_tokens = None
 
@@ -311,19 +335,17 @@ class _Walk:
         level = self.levels[index]
         assert level is not None
         settings = self.memory.settings
-        if self.memory.learns_writes and settings.levels[index].learning_rate > 0:
-            rate = nn.functional.softplus(self.memory.rates[index]).to(level.change[0].dtype)
-        else:
-            rate = torch.full_like(level.change[1][:1, :1, :1], settings.levels[index].learning_rate)
-        rate = rate / self.memory.d_model
-        changed = tuple(c - rate * p for c, p in zip(level.change, level.pending, strict=True))
+        back = self._step_back(index, level)
+        changed = tuple(c + back * p for c, p in zip(level.change, level.pending, strict=True))
         start = self.memory.start(index)
         if not self.memory.learns_writes:  # the bound is the start's norm: it must not carry a gradient either
             inner, inner_bias, outer, outer_bias = (p.detach() for p in start)
             start = inner, inner_bias, outer, outer_bias
-        changed = _held(changed, start, settings.largest_growth)
-        cleared = tuple(torch.zeros_like(p) for p in level.pending)
-        norm = _joint_norm(level.pending).detach()
+        if settings.largest_growth > 0:
+            if index not in self._limits:
+                self._limits[index] = settings.largest_growth * _norm_of(start)
+            changed = _held(changed, self._limits[index])
+        norm = _joint_norm(tuple(p.detach() for p in level.pending))
         counted = torch.ones_like(norm, dtype=torch.bool) if rows is None else rows
         if self.is_padding is not None:  # what padding wrote is no sign of life
             place = slice(chunk * layout.chunk_size, (chunk + 1) * layout.chunk_size)
@@ -331,17 +353,29 @@ class _Walk:
             counted = counted & ~(held if layout.valid is None else held & layout.valid[:, place]).any(1)
         self.num_updates[index] = self.num_updates[index] + counted
         self.gradient_norms[index] = torch.where(counted, norm.float(), self.gradient_norms[index])
-        self.levels[index] = _merged(rows, LevelState(changed, cleared, level.base), level)
+        ticked = LevelState(changed, self._cleared(index, level.pending), level.base)
+        self._set(index, _merged(rows, ticked, level), rows is None)
         if settings.variant == "nested" and index > 0:
             self._begin_anew(index - 1, rows)
+
+    def _step_back(self, index: int, level: LevelState) -> Tensor:
+        """-eta / D of a level."""
+        if index not in self._steps_back:
+            rate = self.memory.settings.levels[index].learning_rate
+            if self.memory.learns_writes and rate > 0:
+                eta = nn.functional.softplus(self.memory.rates[index]).to(level.change[0].dtype)
+            else:
+                eta = torch.full_like(level.change[1][:1, :1, :1], rate)
+            self._steps_back[index] = -eta / self.memory.d_model
+        return self._steps_back[index]
 
     def _begin_anew(self, index: int, rows: Tensor | None) -> None:
         level = self.levels[index]
         assert level is not None and level.base is not None
         share = self.memory.settings.nested_rate
         base = tuple(b + share * (c - b) for b, c in zip(level.base, level.change, strict=True))
-        cleared = tuple(torch.zeros_like(p) for p in level.pending)
-        self.levels[index] = _merged(rows, LevelState(base, cleared, base), level)
+        anew = LevelState(base, self._cleared(index, level.pending), base)
+        self._set(index, _merged(rows, anew, level), rows is None)
 
     def health(self) -> dict[str, Tensor]:
         """Per level: updates in this call (an update that nothing would read is left out), norm of the
@@ -378,14 +412,16 @@ def _merged(rows: Tensor | None, left: LevelState, right: LevelState) -> LevelSt
 
 def _joint_norm(tensors: tuple[Tensor, ...]) -> Tensor:
     """Norm of all tensors of each row together: [B]."""
-    return torch.stack([t.flatten(1).square().sum(1) for t in tensors]).sum(0).sqrt()
+    return torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(t.flatten(1), dim=1) for t in tensors]), dim=0
+    )
 
 
-def _held(change: tuple[Tensor, ...], start: Weights, largest_growth: float) -> tuple[Tensor, ...]:
-    """The change, its joint norm held below `largest_growth` times the start's; 0: no bound."""
-    if largest_growth == 0:
-        return change
-    limit = largest_growth * torch.stack([p.to(_wide(p)).square().sum() for p in start]).sum().sqrt()
-    square = torch.stack([t.flatten(1).square().sum(1) for t in change]).sum(0)
-    scale = (limit * square.clamp(min=1e-30).rsqrt()).clamp(max=1.0)  # [B]
+def _norm_of(start: Weights) -> Tensor:
+    return torch.stack([p.to(_wide(p)).square().sum() for p in start]).sum().sqrt()
+
+
+def _held(change: tuple[Tensor, ...], limit: Tensor) -> tuple[Tensor, ...]:
+    """The change, the joint norm of each row held below `limit`."""
+    scale = (limit / _joint_norm(change).clamp(min=1e-15)).clamp(max=1.0)  # [B]
     return tuple(t * scale.reshape(-1, *[1] * (t.dim() - 1)) for t in change)
