@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from hsmn_dist.config.models import ModelConfig
-from hsmn_dist.foundation.param_role import ParamRole, ParamUpdate
+from hsmn_dist.foundation.param_role import ParamRole
 from hsmn_dist.models.build import construct_model
 
 
@@ -59,12 +59,11 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks]
     roles = model.parameter_roles()
     shapes = [tuple(p.shape) for name, p in model.named_parameters() if roles[name] is ParamRole.MATRIX]
-    updates: dict[str, ParamUpdate] = getattr(model, "parameter_updates", dict)()
     return ParameterCount(
         tuple(sizes.values()),
         by_component,
         len(blocks),
         max(blocks, default=0),
         tuple((shape[0], shape[1]) for shape in shapes if len(shape) == 2),
-        sum(sizes[name] for name, update in updates.items() if update.period_steps > 1),
+        sum(sizes[name] for name, update in model.parameter_updates().items() if update.period_steps > 1),
     )

@@ -31,7 +31,7 @@ def build_engine(
         model_factory: gives a model with its weights drawn; called once, after which every rank holds equal weights
             (seed all ranks alike before).
         world: this rank.
-        updates: period and rate by parameter name; the model's own where it has such.
+        updates: period and rate by parameter name; None takes the model's own.
 
     Raises:
         ConfigError: a setting that this engine or number of ranks cannot have.
@@ -40,8 +40,7 @@ def build_engine(
     model = model_factory()
     divide_context(model, training, world)
     checkpoint_blocks(model, training.activation_checkpointing)
-    own_updates = getattr(model, "parameter_updates", None)
-    updates = dict(updates if updates is not None else own_updates() if own_updates is not None else {})
+    updates = model.parameter_updates() if updates is None else updates
     if training.engine == "local":
         return LocalEngine(training, optim, model, world, updates)
     require("deepspeed")

@@ -181,10 +181,9 @@ class Checkpointer:
             return None
         state, listing = read_state(path), read_listing(path)
         engine.load(path)
-        if listing.world_size == self._world.world_size:
-            states = [rng_name(rank) for rank in range(self._world.world_size)]  # never as many as a file says
-            if listing.files.keys() >= set(states):
-                restore_generators(path / states[self._world.rank])
+        states = [rng_name(rank) for rank in range(self._world.world_size)]  # never as many as a file says
+        if listing.world_size == self._world.world_size and listing.files.keys() >= set(states):
+            restore_generators(path / states[self._world.rank])
         return state
 
     def restore_best(self, engine: Engine, state: TrainState) -> bool:

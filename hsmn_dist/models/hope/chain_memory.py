@@ -343,7 +343,7 @@ class _Walk:
             start = inner, inner_bias, outer, outer_bias
         if settings.largest_growth > 0:
             if index not in self._limits:
-                self._limits[index] = settings.largest_growth * _norm_of(start)
+                self._limits[index] = settings.largest_growth * _joint_norm(tuple(p.to(_wide(p))[None] for p in start))
             changed = _held(changed, self._limits[index])
         norm = _joint_norm(tuple(p.detach() for p in level.pending))
         counted = torch.ones_like(norm, dtype=torch.bool) if rows is None else rows
@@ -417,11 +417,7 @@ def _joint_norm(tensors: tuple[Tensor, ...]) -> Tensor:
     )
 
 
-def _norm_of(start: Weights) -> Tensor:
-    return torch.stack([p.to(_wide(p)).square().sum() for p in start]).sum().sqrt()
-
-
 def _held(change: tuple[Tensor, ...], limit: Tensor) -> tuple[Tensor, ...]:
-    """The change, the joint norm of each row held below `limit`."""
+    """The change, the joint norm of each row held below `limit` [1]."""
     scale = (limit / _joint_norm(change).clamp(min=1e-15)).clamp(max=1.0)  # [B]
     return tuple(t * scale.reshape(-1, *[1] * (t.dim() - 1)) for t in change)

@@ -8,7 +8,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hsmn_dist.config.optim import OptimConfig
 from hsmn_dist.distributed.matrix_owner import choose_owners, matrix_cost
-from hsmn_dist.foundation.param_role import ParamUpdate
 from hsmn_dist.models.build import build_model
 from hsmn_dist.models.contract import LanguageModel
 from hsmn_dist.optim.build import build_optimizer
@@ -32,7 +31,7 @@ def stepped(rule: str, name: str, num_steps: int) -> tuple[torch.optim.Optimizer
     """The real optimizer over a tiny model after some steps, and the FLOPs of its products as torch counts them."""
     torch.manual_seed(0)
     model: LanguageModel = build_model(MODELS[name])
-    updates: dict[str, ParamUpdate] | None = getattr(model, "parameter_updates", dict)() if rule == "adam" else None
+    updates = model.parameter_updates() if rule == "adam" else None
     config = OptimConfig.model_validate({"optimizer": RULES[rule]})
     optimizer = build_optimizer(config, model.named_parameters(), model.parameter_roles(), updates)
     with FlopCounterMode(display=False) as counter:
