@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hsmn_dist.foundation.process_memory import ask_for_huge_pages, return_freed_blocks
+from hsmn_dist.foundation.process_memory import ask_for_huge_pages, keep_freed_blocks
 
 Step = Callable[[], None]
 
@@ -80,7 +80,7 @@ def peak_bytes() -> int:
 def prepare_process(num_threads: int) -> None:
     """Threads, and malloc as training processes set it."""
     torch.set_num_threads(num_threads)
-    return_freed_blocks()
+    keep_freed_blocks()
     ask_for_huge_pages()
 
 

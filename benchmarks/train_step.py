@@ -43,7 +43,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--whole-limit", type=int, default=16384, help="longest context of HSMN without groups")
     parser.add_argument("--titans-limit", type=int, default=1024, help="longest row of titans-pytorch")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--warmups", type=int, default=1)
+    parser.add_argument("--warmups", type=int, default=3, help="rounds until the heap has found its size")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=None, help="HSMN: peak memory too")
     parser.add_argument("--quick", action="store_true", help="fewer sizes, two rounds, no memory: under nine minutes")

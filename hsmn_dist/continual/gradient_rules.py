@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hsmn_dist.models.layers.norms import RMSNorm
+
 
 @dataclass
 class Outer:
@@ -114,6 +116,7 @@ _RULES: dict[type[nn.Module], Rule] = {
     nn.Embedding: _embedding,
     nn.LayerNorm: _layer_norm,
     nn.RMSNorm: _rms_norm,
+    RMSNorm: _rms_norm,
 }
 
 

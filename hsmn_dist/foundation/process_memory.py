@@ -1,11 +1,10 @@
-"""How this process's malloc treats large blocks: freed tensors go back to the operating system, new ones come in large pages.
+"""How this process's malloc treats freed tensors: they stay, for the next step wants the same sizes, until they are given back.
 
-Unusual: glibc raises its own limit for blocks that it maps one by one, up to 32 MiB, as soon as one of them is freed; below that
-limit freed tensors stay in a heap that only shrinks from its end, and a training step with tensors of many sizes may come to
-hold twice what it uses. A fixed limit stops that; the price is fresh pages for large tensors, 2.0 of 13 CPU
-seconds of a step in pages of 4 KiB and 1.2 in pages of 2 MiB (docs/performance.md). With a fixed limit the heap would also be
-cut at its end whenever 128 KiB are free there, and grow again at the next tensor, thousands of fresh pages a step: it keeps
-HEAP_RESERVE_BYTES instead. Sources: mallopt(3), madvise(2).
+Unusual: as it comes, glibc maps blocks of 32 MiB and more one by one, and cuts its heap wherever the end is free; a training step
+then frees and takes the same gigabytes every time, in pages that the kernel must fill with zeros anew (3.0 of 7.6 CPU seconds
+of a step of 8,192 tokens; docs/decisions/0086). Whoever prefers less memory to less time uses glibc's own variables, for example
+MALLOC_MMAP_THRESHOLD_=4194304; with one of those in the environment nothing is changed here. Sources: mallopt(3), malloc_trim(3),
+madvise(2).
 """
 
 from __future__ import annotations
@@ -13,31 +12,46 @@ from __future__ import annotations
 import ctypes
 import os
 
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-"""mallopt's numbers of the limit and of what may stay free at the heap's end (malloc.h)."""
-LARGE_BLOCK_BYTES, HEAP_RESERVE_BYTES = 4 * 2**20, 64 * 2**20
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""mallopt's numbers of what may stay free at the heap's end (-1: anything) and of how many blocks may be mapped (malloc.h)."""
+USERS_OWN = (
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+    "GLIBC_TUNABLES",
+)
+"""Variables by which a user tunes glibc's malloc (mallopt(3))."""
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 """torch's switch: ask the kernel (madvise) for huge pages behind tensors of 2 MiB and more; read at the first such tensor."""
 
 
-def return_freed_blocks(
-    large_block_bytes: int = LARGE_BLOCK_BYTES, heap_reserve_bytes: int = HEAP_RESERVE_BYTES
-) -> bool:
-    """Map blocks of the first size or more one by one, so that freeing them frees memory; smaller ones use the heap again.
+def keep_freed_blocks() -> bool:
+    """Let freed memory stay with this process for its next tensors.
 
     Returns:
-        Whether the C library could be told; False where it is not glibc, and nothing is changed then.
+        Whether the C library could be told; False where it is not glibc, or where the environment tunes it already.
     """
-    try:
-        library = ctypes.CDLL(None)
-        if not library.gnu_get_libc_version:
-            return False
-        sizes = {M_MMAP_THRESHOLD: large_block_bytes, M_TRIM_THRESHOLD: heap_reserve_bytes}
-        return all([bool(library.mallopt(number, size)) for number, size in sizes.items()])
-    except (OSError, AttributeError, TypeError):
+    library = _glibc()
+    if library is None or any(name in os.environ for name in USERS_OWN):
         return False
+    return all([bool(library.mallopt(number, size)) for number, size in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1))])
+
+
+def give_back_freed_memory() -> bool:
+    """Free pages to the operating system, for what comes next needs others; returns whether there were any."""
+    library = _glibc()
+    return library is not None and bool(library.malloc_trim(0))
 
 
 def ask_for_huge_pages() -> None:
     """Back large CPU tensors by huge pages where the kernel gives them; a user's own HUGE_PAGES stays. Before the first tensor."""
     os.environ.setdefault(HUGE_PAGES, "1")
+
+
+def _glibc() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(None)
+        return library if library.gnu_get_libc_version else None
+    except (OSError, AttributeError, TypeError):
+        return None

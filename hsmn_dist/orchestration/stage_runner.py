@@ -21,7 +21,7 @@ from hsmn_dist.distributed.world import World
 from hsmn_dist.foundation.errors import HsmnError
 from hsmn_dist.foundation.files import read_json, write_json, write_manifest
 from hsmn_dist.foundation.log import configure_logging, logger
-from hsmn_dist.foundation.process_memory import ask_for_huge_pages, return_freed_blocks
+from hsmn_dist.foundation.process_memory import ask_for_huge_pages, give_back_freed_memory, keep_freed_blocks
 from hsmn_dist.models.build import build_model
 from hsmn_dist.models.contract import LanguageModel
 from hsmn_dist.orchestration.adjustments import adjusted
@@ -64,7 +64,7 @@ def run_stages(specs: Sequence[StageSpec], has_driver: bool | None = None) -> No
         return  # the group was started again after an error that will not go away
     config = adjusted(load_stored_config(folder), folder)
     torch.set_num_threads(config.cluster.threads_per_rank)
-    return_freed_blocks()
+    keep_freed_blocks()
     ask_for_huge_pages()
     world = World.place(config.cluster.device)
     configure_logging(world.rank)
@@ -128,6 +128,7 @@ def _run_stage(context: RankContext, spec: StageSpec) -> None:
     started = time.monotonic()
     summary = StageTraining(context, spec).run()
     context.heart.beat(phase="evaluate")
+    give_back_freed_memory()
     tasks = _score(context, load_exported(stage_folder.weights))
     if context.world.is_first:
         context.fence.check()

@@ -19,6 +19,7 @@ from hsmn_dist.data.tokenizer import TOKENIZER_NAME
 from hsmn_dist.distributed.collectives import all_gather_objects, barrier, broadcast_object
 from hsmn_dist.distributed.determinism import derived_seed, seed_everything
 from hsmn_dist.foundation.errors import Preempted
+from hsmn_dist.foundation.process_memory import give_back_freed_memory
 from hsmn_dist.models.build import build_model
 from hsmn_dist.optim.schedules import learning_rate
 from hsmn_dist.orchestration.journal import append_event, read_events
@@ -272,6 +273,7 @@ class StageTraining:
         total = sum(self._counts())
         heart = self._context.heart
         heart.beat(phase="fisher", step=0, num_steps=total)
+        give_back_freed_memory()
 
         def progress(done: int, of: int) -> None:
             heart.beat(step=done, num_steps=of)

@@ -11,7 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
+import torch
+
 from hsmn_dist.config.models import HopeConfig, HsmnConfig, HsmnHopeConfig, ModelConfig
+from hsmn_dist.models.hope.continuum_memory import retentions
+from hsmn_dist.models.hope.decayed_reads import reaches
 from hsmn_dist.planner.flops import Lengths, encoded_chunks, num_chunks
 from hsmn_dist.planner.traced_parts import chain_cost, mixer_cost
 
@@ -35,8 +39,8 @@ class Storage:
 
     @property
     def rms_norm(self) -> int:
-        """Bytes per element that an RMSNorm keeps: its input and its output, and on a CPU the scaled input in fp32."""
-        return 2 * self.element if self.is_gpu else self.element + 2 * FP32
+        """Bytes per element that an RMSNorm keeps: its input and its output; in half precision on a CPU the scaled input in fp32 too."""
+        return 2 * self.element if self.is_gpu or self.element == FP32 else self.element + 2 * FP32
 
 
 @dataclass(frozen=True)
@@ -191,16 +195,16 @@ def _decay_table(config: HopeConfig | HsmnHopeConfig, tokens: int) -> float:
 
 
 def _continuum(config: HopeConfig | HsmnHopeConfig, index: int, tokens: int, size: int) -> float:
-    """CMS of block `index`; decay form: projections, the chunk's mixing tables, writes, and the carried memories of every chunk."""
+    """CMS of block `index`; decay form: projections, gains, the chunks' weights, scaled queries and keys, and states."""
     if config.cms.form != "decay":
         return chain_cost(config, index, tokens, size).kept
     d, heads, modules = config.d_model, config.num_heads, config.num_memory_modules
     chunk, width = min(config.chunk_tokens, tokens), d // heads
     chunks = -(-tokens // chunk)
     padded = chunks * chunk
-    kept = padded * (4 * d * size + heads * modules * FP32 + 3 * heads * chunk * size)
+    kept = padded * (4 * d * size + 2 * heads * modules * FP32 + 3 * heads * chunk * size)
     if chunks > 1:
-        kept += padded * (d * size + heads * modules * size + modules * d * size)
-        kept += (chunks - 1) * chunk * (d + modules * d) * size
-        kept += chunks * heads * modules * width * width * size
+        taus = retentions(modules, config.cms.fastest_retention, config.cms.slowest_retention)
+        far = sum(reach >= chunk for reach in reaches(taus, torch.float32))
+        kept += (chunks - 1) * far * (2 * chunk * d * size + heads * width * width * FP32)
     return float(kept)

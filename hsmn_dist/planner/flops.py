@@ -121,7 +121,9 @@ def _hope(config: HopeConfig, lengths: Lengths) -> ForwardFlops:
     if config.mixer == "attention":
         block += 8 * tokens * d * d + 4 * tokens * tokens * d
     elif config.mixer == "linear":
-        block += 8 * tokens * d * d + _decayed_reads(config, tokens, (2**31,))  # the normaliser is a running sum
+        size = min(config.chunk_tokens, tokens)
+        sums = 2 * -(-tokens // size) * size * size * d  # the normaliser: sums inside blocks, by products
+        block += 8 * tokens * d * d + sums + _decayed_reads(config, tokens, (2**31,))
     else:
         block += mixer_cost(config, tokens, 4).flops
     if config.uses_mlp:
@@ -144,7 +146,7 @@ def _continuum(config: HopeConfig | HsmnHopeConfig, index: int, tokens: int) -> 
 
 
 def _decayed_reads(config: HopeConfig | HsmnHopeConfig, tokens: int, found_reaches: tuple[int, ...]) -> float:
-    """Chunk-parallel reads of memories [K, K] in every head: `models/hope/decayed_reads.py`, product by product.
+    """Chunk-parallel reads of memories [K, K] in every head: `models/hope/chunked_reads.py`, product by product.
 
     `found_reaches` are the tokens that each module sees back: those within a chunk are read directly, the others carry states.
     """
@@ -160,5 +162,4 @@ def _decayed_reads(config: HopeConfig | HsmnHopeConfig, tokens: int, found_reach
     weighting = 2 * len(fast) if len(fast) > 1 else 0
     seen = (chunks - 1) * window * window * (weighting + 4 * width)
     memory = (modules - len(fast)) * width * width
-    written = chunks if chunks >= 8 else chunks - 1
-    return float(heads * (mix + inner + seen + 2 * written * size * memory + 2 * padded * memory))
+    return float(heads * (mix + inner + seen + 4 * (chunks - 1) * size * memory))

@@ -21,9 +21,6 @@ from hsmn_dist.models.hope.build_parts import build_block, build_cms
 from hsmn_dist.models.hope.mixers import SequenceInfo
 from hsmn_dist.models.layers.rotary import rotary_table
 
-LONG_FORM = 8
-"""Steps from which linear memories write in their form for long rows (`decayed_reads._carry`)."""
-
 
 @dataclass(frozen=True)
 class PartCost:
@@ -42,18 +39,19 @@ def mixer_cost(config: HopeConfig, tokens: int, element: int) -> PartCost:
     """Cost of a block's mixer on a row of `tokens`, at `element` bytes a weight."""
     settings = config.self_modifying
     step = config.chunk_tokens if config.mixer == "linear" else max(settings.chunk_tokens, settings.memory_chunk_tokens)
-    return _cost(config, None, tokens, element, step, LONG_FORM + 1 if config.mixer == "linear" else 3)
+    return _cost(config, None, tokens, element, step)
 
 
 def chain_cost(config: HopeConfig | HsmnHopeConfig, index: int, tokens: int, element: int) -> PartCost:
     """Cost of the chain-form memory of block `index`."""
     if config.cms.spread == "every_block":
         index = 0
-    return _cost(config, index, tokens, element, max([1, *(level.period for level in config.cms.levels)]), 3)
+    return _cost(config, index, tokens, element, max([1, *(level.period for level in config.cms.levels)]))
 
 
-def _cost(config: Any, cms_index: int | None, tokens: int, element: int, step: int, num_steps: int) -> PartCost:
-    """Traced whole, or extended from rows of `num_steps` steps, of one step more, and of the same last piece."""
+def _cost(config: Any, cms_index: int | None, tokens: int, element: int, step: int) -> PartCost:
+    """Traced whole, or extended from rows of three steps and of four, with the same last piece."""
+    num_steps = 3
     if tokens < (num_steps + 2) * step:
         return _traced(config, cms_index, tokens, element)
     rest = tokens % step

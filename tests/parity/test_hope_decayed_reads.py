@@ -7,7 +7,7 @@ import torch
 
 from hsmn_dist.foundation.errors import ModelError
 from hsmn_dist.models.hope.continuum_memory import ContinuumMemory, retentions
-from hsmn_dist.models.hope.decayed_reads import ReadInputs, decayed_reads
+from hsmn_dist.models.hope.decayed_reads import ReadInputs, decayed_reads, reaches
 from hsmn_dist.models.hope.reference import decayed_read_steps
 
 
@@ -79,6 +79,80 @@ def test_segments_and_padding_equal_each_segment_alone(size):
                 )
                 torch.testing.assert_close(reads[b, h, here], expected, rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(final[b, h], state, rtol=1e-10, atol=1e-12)
+
+
+CASES = [(tokens, memory, goes) for tokens in (5, 64, 150) for memory in (False, True) for goes in (False, True)]
+
+
+@pytest.mark.parametrize(("tokens", "memory_comes", "memory_goes"), CASES)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_written_out_gradients_equal_those_of_autograd(tokens, memory_comes, memory_goes, is_packed):
+    """A decay that wants a gradient itself leaves all of them to autograd: the other way through the same forward pass."""
+    query, key, value, gains, taus, memory = _inputs(tokens, modules=5)
+    value = torch.cat([value, value.flip(2)], -1)  # as wide as no key is
+    memory = torch.cat([memory, memory.flip(3)], -1) if memory_comes else None
+    segments = valid = None
+    if is_packed:
+        cut = tokens // 3
+        segments = torch.stack([torch.arange(tokens) // (cut + 1), torch.arange(tokens) // (2 * cut + 1)])
+        valid = torch.arange(tokens)[None] < torch.tensor([[tokens - 1], [tokens]])
+    leaves = [t.requires_grad_() for t in (query, key, value, gains, memory) if t is not None]
+    found = []
+    for decays in (taus, taus.clone().requires_grad_()):
+        known = reaches(tuple(taus.tolist()), torch.float64)
+        inputs = ReadInputs(query, key, value, gains, decays, 1.0 - decays, segments, valid, reaches=known)
+        reads, after = decayed_reads(inputs, memory, 64, memory_goes)
+        outputs = [t for t in (reads, after) if t is not None]
+        seeds = [torch.sin(torch.arange(t.numel(), dtype=t.dtype)).view_as(t) for t in outputs]
+        names = _nodes(reads.grad_fn)
+        assert ("_ChunkedReadsBackward" in names) is (decays is taus), names
+        gradients = torch.autograd.grad(outputs, leaves, seeds, retain_graph=True)
+        again = torch.autograd.grad(outputs, leaves, seeds)  # nothing that was kept is written to
+        assert all(torch.equal(one, other) for one, other in zip(gradients, again, strict=True))
+        found.append((outputs, gradients))
+    for left, right in zip(*found, strict=True):
+        for one, other in zip(left, right, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+def _nodes(node):
+    """Names of a graph's nodes."""
+    names, waiting = set(), [node]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in names:
+            names.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return {type(one).__name__ for one in names}
+
+
+def test_gradients_of_the_last_memory_alone():
+    query, key, value, gains, taus, memory = _inputs(70)
+    leaves = [t.requires_grad_() for t in (key, value, memory)]
+    for start in (None, memory):
+        for size in (64, 128):
+            wanted = leaves if start is not None else leaves[:2]
+            given = []
+            for decays in (taus, taus.clone().requires_grad_()):
+                inputs = ReadInputs(query, key, value, gains, decays, 1.0 - decays)
+                after = decayed_reads(inputs, start, size, True)[1]
+                given.append(torch.autograd.grad(after.square().sum(), wanted))
+            for left, right in zip(*given, strict=True):
+                torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-12)
+
+
+def test_per_example_gradients_of_torch_func_equal_a_loop():
+    layer, x = _layer()
+    weights = dict(layer.named_parameters())
+
+    def loss(values, row):
+        return torch.func.functional_call(layer, values, (row[None],))[0].square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    for number in range(2):
+        expected = torch.autograd.grad(layer(x[number : number + 1])[0].square().sum(), list(weights.values()))
+        for name, gradient in zip(weights, expected, strict=True):
+            torch.testing.assert_close(found[name][number], gradient, rtol=1e-10, atol=1e-12)
 
 
 def _layer(**options):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from hsmn_dist.models.hope.mixers import LinearMixer, SequenceInfo
+from hsmn_dist.models.hope.mixers import LinearMixer, SequenceInfo, running_sum
 from hsmn_dist.models.hope.reference import linear_attention_steps
 from hsmn_dist.models.layers.rotary import RotaryTable, rotary_table
 
@@ -94,3 +94,13 @@ def test_features_that_round_to_zero_give_finite_reads_and_gradients(dtype, retu
     torch.testing.assert_close(
         y[0].float(), expected.float(), rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-5
     )
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200])
+def test_running_sums_by_blocks_equal_a_cumulative_sum(tokens):
+    torch.manual_seed(tokens)
+    x = torch.randn(2, tokens, 3, dtype=torch.float64, requires_grad=True)
+    seed = torch.randn(2, tokens, 3, dtype=torch.float64)
+    found = [(total, *torch.autograd.grad(total, [x], seed)) for total in (running_sum(x, 64), x.cumsum(1))]
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-12)

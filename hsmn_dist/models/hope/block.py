@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hsmn_dist.models.hope.fast_state import FastState
 from hsmn_dist.models.hope.mixers import SequenceInfo
+from hsmn_dist.models.layers.norms import RMSNorm
 
 
 @dataclass
@@ -30,11 +31,11 @@ class HopeBlock(nn.Module):
         self, d_model: int, mixer: nn.Module, cms: nn.Module | None, mlp: nn.Module | None, dropout: float
     ) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.mixer_norm = RMSNorm(d_model)
         self.mixer = mixer
-        self.cms_norm = nn.RMSNorm(d_model, eps=1e-6) if cms is not None else None
+        self.cms_norm = RMSNorm(d_model) if cms is not None else None
         self.cms = cms
-        self.mlp_norm = nn.RMSNorm(d_model, eps=1e-6) if mlp is not None else None
+        self.mlp_norm = RMSNorm(d_model) if mlp is not None else None
         self.mlp = mlp
         self.dropout = nn.Dropout(dropout)
 

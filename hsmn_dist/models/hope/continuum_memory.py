@@ -117,9 +117,11 @@ class ContinuumMemory(nn.Module):
             t.reshape(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
             for t in self.project(x).chunk(3, -1)
         )
-        gates = self.gate(x).reshape(batch, tokens, self.num_heads, len(self.taus)).transpose(1, 2)
+        # Tokens last while the softmax runs: M numbers are too few for the inner loop. [B, H, M, T]
+        gates = self.gate(x).reshape(batch, tokens, self.num_heads, len(self.taus)).permute(0, 2, 3, 1)
         # The scale of the scores goes into the gates, which hold M numbers a head where a query holds K.
-        gates = torch.softmax(gates, -1, dtype=torch.promote_types(gates.dtype, torch.float32)) * self.head_dim**-0.5
+        gates = torch.softmax(gates, 2, dtype=torch.promote_types(gates.dtype, torch.float32)) * self.head_dim**-0.5
+        gates = gates.mT
         decays = torch.tensor(self.taus, device=x.device, dtype=gates.dtype)
         num_tokens = None
         if self.corrects_bias or returns_state:

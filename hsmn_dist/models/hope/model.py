@@ -27,6 +27,7 @@ from hsmn_dist.models.hope.fast_state import FastState
 from hsmn_dist.models.hope.mixers import SequenceInfo
 from hsmn_dist.models.hope.rows import Rows, build_rows, reset_points
 from hsmn_dist.models.input_checks import check_continuations
+from hsmn_dist.models.layers.norms import RMSNorm
 from hsmn_dist.models.layers.rotary import rotary_table
 
 
@@ -55,7 +56,7 @@ class HopeModel(LanguageModel):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = nn.Embedding(config.max_tokens, config.d_model) if config.positions == "learned" else None
         self.layers = nn.ModuleList(build_block(config, index) for index in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.norm = RMSNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.ties_embeddings:
             self.head.weight = self.embedding.weight

@@ -38,6 +38,7 @@ from hsmn_dist.models.hope.neural_memory import (
     recalled,
     write_chunk,
 )
+from hsmn_dist.models.layers.norms import RMSNorm
 
 CONVOLUTION_WIDTH = 4
 SMALLEST_RETENTION = 1e-4
@@ -75,7 +76,7 @@ class SelfModifyingTitans(nn.Module):
         self.rule = UpdateRule(settings.objective, settings.uses_delta, settings.momentum, settings.reads_at == "token")
         self.project = nn.Linear(d_model, 2 * d_model, bias=False)
         self.output = nn.Linear(d_model, d_model, bias=False)
-        self.read_norm = nn.RMSNorm(width, eps=1e-6)
+        self.read_norm = RMSNorm(width)
         self.convolution = nn.Parameter(torch.empty(CONVOLUTION_WIDTH, d_model))
         self.rate_bias = nn.Parameter(torch.empty(num_heads))
         self.retention_bias = nn.Parameter(torch.empty(num_heads))

@@ -2,37 +2,79 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from hsmn_dist.foundation.process_memory import return_freed_blocks
+from hsmn_dist.foundation.process_memory import USERS_OWN, give_back_freed_memory
 
-# Blocks of 16 MiB, then every second one freed: a heap keeps the holes, single mappings give them back.
-PROGRAM = """
-import sys, torch
-from pathlib import Path
-from hsmn_dist.foundation.process_memory import return_freed_blocks
-if sys.argv[1] == "yes":
-    return_freed_blocks()
-warm = [torch.ones(4 * 2**20 * k // 4) for k in range(1, 32)]
-del warm
-blocks = [torch.ones(4 * 2**20) for _ in range(40)]
-blocks = blocks[1::2]
-status = Path("/proc/self/status").read_text()
-print(next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:")))
+IS_GLIBC = give_back_freed_memory() or (sys.platform == "linux" and bool(os.confstr("CS_GNU_LIBC_VERSION")))
+needs_glibc = pytest.mark.skipif(not IS_GLIBC, reason="the C library is not glibc")
+
+
+def printed(program: str, *arguments: str, **variables: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name not in USERS_OWN} | variables
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True, env=environment
+    )
+    return done.stdout
+
+
+# Steps that take and free blocks from 1 to 40 MiB; the pages that the kernel filled anew in the last of them.
+STEPS = """
+import json, resource, sys, torch
+from hsmn_dist.foundation.process_memory import keep_freed_blocks
+told = keep_freed_blocks() if sys.argv[1] == "yes" else None
+keep = torch.ones(1)
+for step in range(30):  # the heap finds its size in a few of them
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(2**18 * size) for size in (1, 7, 19, 40)]
+    del blocks
+    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(json.dumps({"told": told, "pages": pages}))
 """
 
 
-@pytest.mark.skipif(not return_freed_blocks(), reason="the C library is not glibc")
-def test_freed_tensors_go_back_to_the_operating_system():
-    held = {
-        answer: int(subprocess.run([sys.executable, "-c", PROGRAM, answer], capture_output=True, text=True).stdout)
-        for answer in ("no", "yes")
-    }
-    assert held["no"] - held["yes"] > 200_000  # KiB of the 320 MiB that were freed
+@needs_glibc
+def test_a_step_that_repeats_needs_no_fresh_pages() -> None:
+    plain, kept = (json.loads(printed(STEPS, answer)) for answer in ("no", "yes"))
+    assert kept["told"] is True
+    assert kept["pages"] < 500 < 5000 < plain["pages"]  # 67 MiB are 17,152 pages
+
+
+@needs_glibc
+@pytest.mark.parametrize("name", USERS_OWN)
+def test_what_a_user_told_malloc_stays(name: str) -> None:
+    value = "glibc.malloc.mmap_threshold=4194304" if name == "GLIBC_TUNABLES" else "4194304"
+    assert json.loads(printed(STEPS, "yes", **{name: value}))["told"] is False
+
+
+# 20 blocks of 16 MiB freed between 20 that stay.
+HOLES = """
+import json, torch
+from pathlib import Path
+from hsmn_dist.foundation.process_memory import give_back_freed_memory, keep_freed_blocks
+keep_freed_blocks()
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+blocks = [torch.ones(4 * 2**20) for _ in range(40)]
+blocks = blocks[1::2]
+before = resident()
+given = give_back_freed_memory()
+print(json.dumps({"given": given, "before": before, "after": resident()}))
+"""
+
+
+@needs_glibc
+def test_freed_memory_goes_back_to_the_operating_system_when_it_is_told_to() -> None:
+    found = json.loads(printed(HOLES))
+    assert found["given"] is True
+    assert found["before"] - found["after"] > 200_000  # KiB of the 320 MiB that were freed
 
 
 HUGE = """
@@ -51,40 +93,6 @@ SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     not SWITCH.is_file() or "[madvise]" not in SWITCH.read_text(),
     reason="the kernel does not give huge pages on request",
 )
-def test_large_tensors_lie_in_huge_pages_when_asked_for():
-    held = {
-        answer: int(subprocess.run([sys.executable, "-c", HUGE, answer], capture_output=True, text=True).stdout)
-        for answer in ("no", "yes")
-    }
+def test_large_tensors_lie_in_huge_pages_when_asked_for() -> None:
+    held = {answer: int(printed(HUGE, answer)) for answer in ("no", "yes")}
     assert held["no"] < 30_000 < held["yes"], held  # KiB of 64 MiB; under memory pressure the kernel may give fewer
-
-
-REUSED = """
-import ctypes, sys
-from hsmn_dist.foundation.process_memory import LARGE_BLOCK_BYTES, M_MMAP_THRESHOLD, return_freed_blocks
-library = ctypes.CDLL(None)
-library.malloc.restype = library.sbrk.restype = ctypes.c_void_p
-library.malloc.argtypes, library.free.argtypes, library.sbrk.argtypes = [ctypes.c_size_t], [ctypes.c_void_p], [ctypes.c_ssize_t]
-if sys.argv[1] == "yes":
-    return_freed_blocks()
-else:
-    library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
-num_cuts = 0
-for _ in range(50):
-    block = library.malloc(2 * 2**20)
-    end = library.sbrk(0)
-    library.free(block)
-    num_cuts += library.sbrk(0) < end
-print(num_cuts)
-"""
-
-
-@pytest.mark.skipif(not return_freed_blocks(), reason="the C library is not glibc")
-def test_a_freed_block_below_the_limit_stays_with_the_process_for_the_next_one():
-    cuts = {
-        answer: int(subprocess.run([sys.executable, "-c", REUSED, answer], capture_output=True, text=True).stdout)
-        for answer in ("no", "yes")
-    }
-    assert cuts["yes"] == 0 < cuts["no"], (
-        cuts
-    )  # how often the heap's end came back to the system and was asked for again

@@ -7,7 +7,7 @@ from hsmn_dist.foundation.errors import ModelError
 from hsmn_dist.models.layers.attention import Attention, attend, causal_mask
 from hsmn_dist.models.layers.feed_forward import FeedForward, GatedFeedForward
 from hsmn_dist.models.layers.kv_cache import LayerCache
-from hsmn_dist.models.layers.norms import build_norm
+from hsmn_dist.models.layers.norms import RMSNorm, build_norm
 from hsmn_dist.models.layers.rotary import rotary_table, rotate
 
 
@@ -99,4 +99,4 @@ def test_feed_forward_maps_are_what_they_say():
 
 
 def test_norms_are_torch_modules():
-    assert type(build_norm(4)) is torch.nn.LayerNorm and type(build_norm(4, "rms")) is torch.nn.RMSNorm
+    assert type(build_norm(4)) is torch.nn.LayerNorm and type(build_norm(4, "rms")) is RMSNorm
