@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hsmn_dist.foundation.param_role import EVERY_STEP, ParamRole, ParamUpdate
+from hsmn_dist.models.token_loss import token_cross_entropy
 
 BOS_ID = 1
 
@@ -63,7 +64,7 @@ class TargetLoss(Protocol):
 
 def cross_entropy(logits: Tensor, labels: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """Negative log-likelihood in nats, computed in fp32. Shapes as in `TargetLoss`."""
-    return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    return token_cross_entropy(logits, labels)
 
 
 @dataclass

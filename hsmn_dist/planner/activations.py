@@ -51,7 +51,7 @@ class Activations:
         blocks: kept by each block, in forward order.
         block_inputs: kept by each block when it is recomputed.
         outside: kept outside the blocks (embedding, tree).
-        logits: most that head and loss hold at once (log-softmax, and its gradient twice).
+        logits: most that head and loss hold at once (probabilities, and the logits or their gradient).
         workings: short-lived tensors of each block's backward pass.
         shared: kept by each block once for the whole micro-batch.
     """
@@ -99,8 +99,8 @@ def activations(config: ModelConfig, lengths: Lengths, storage: Storage) -> Acti
 
 
 def logits_bytes(num_tokens: int, vocab_size: int, storage: Storage) -> float:
-    """Log-softmax in fp32, its gradient in fp32, and the gradient of the logits."""
-    return float(num_tokens * vocab_size * (2 * FP32 + storage.element))
+    """Probabilities in fp32, and the logits or their gradient."""
+    return float(num_tokens * vocab_size * (FP32 + storage.element))
 
 
 def _feed_forward(tokens: int, f: int, storage: Storage, is_gelu: bool) -> float:
@@ -137,7 +137,7 @@ def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations
     if isinstance(config, HsmnHopeConfig):  # its reasoning blocks carry a memory of the target besides
         norm = storage.mask * d if config.decoder_dropout > 0 else 0
         decoder += target * (2 * d * size + norm)
-        memories = [_continuum(config, index, target, size) for index in range(config.num_decoder_layers)]
+        memories = [_continuum(config, index, target, storage) for index in range(config.num_decoder_layers)]
         shared = _decay_table(config, target)
     encoder = [encoder_layer(rows)] * (config.num_encoder_layers - 1) + [encoder_layer(1)]
     inputs = [float(chunks * rows * d * size)] * config.num_encoder_layers
@@ -171,7 +171,7 @@ def _hope(config: HopeConfig, lengths: Lengths, storage: Storage) -> Activations
         tables = 2 * (d // config.num_heads) * size if config.positions == "rotary" and size < FP32 else 0
         block += tokens * (5 * d * size + rotated + tables + config.num_heads * FP32)
     else:
-        block += mixer_cost(config, tokens, size).kept
+        block += mixer_cost(config, tokens, size, storage.is_gpu).kept
     if config.uses_cms:
         block += tokens * (d * storage.rms_norm + dropout)
     if config.uses_mlp:
@@ -182,7 +182,7 @@ def _hope(config: HopeConfig, lengths: Lengths, storage: Storage) -> Activations
     workings = (float(tokens * (2 * config.d_feed_forward + 2 * d) * size),) * config.num_layers
     layers = config.num_layers
     shared = _decay_table(config, tokens) if config.uses_cms else 0.0
-    memories = [_continuum(config, index, tokens, size) if config.uses_cms else 0.0 for index in range(layers)]
+    memories = [_continuum(config, index, tokens, storage) if config.uses_cms else 0.0 for index in range(layers)]
     blocks = tuple(float(block) + memory for memory in memories)
     return Activations(blocks, (inputs,) * layers, float(outside), logits, workings, shared)
 
@@ -194,11 +194,11 @@ def _decay_table(config: HopeConfig | HsmnHopeConfig, tokens: int) -> float:
     return float(config.num_memory_modules * chunk * chunk * FP32)
 
 
-def _continuum(config: HopeConfig | HsmnHopeConfig, index: int, tokens: int, size: int) -> float:
+def _continuum(config: HopeConfig | HsmnHopeConfig, index: int, tokens: int, storage: Storage) -> float:
     """CMS of block `index`; decay form: projections, gains, the chunks' weights, scaled queries and keys, and states."""
     if config.cms.form != "decay":
-        return chain_cost(config, index, tokens, size).kept
-    d, heads, modules = config.d_model, config.num_heads, config.num_memory_modules
+        return chain_cost(config, index, tokens, storage.element, storage.is_gpu).kept
+    d, heads, modules, size = config.d_model, config.num_heads, config.num_memory_modules, storage.element
     chunk, width = min(config.chunk_tokens, tokens), d // heads
     chunks = -(-tokens // chunk)
     padded = chunks * chunk

@@ -35,18 +35,31 @@ class PartCost:
     kept: float
 
 
-def mixer_cost(config: HopeConfig, tokens: int, element: int) -> PartCost:
+def mixer_cost(config: HopeConfig, tokens: int, element: int, is_gpu: bool = True) -> PartCost:
     """Cost of a block's mixer on a row of `tokens`, at `element` bytes a weight."""
+    config = config if is_gpu else _unbounded(config)
     settings = config.self_modifying
     step = config.chunk_tokens if config.mixer == "linear" else max(settings.chunk_tokens, settings.memory_chunk_tokens)
     return _cost(config, None, tokens, element, step)
 
 
-def chain_cost(config: HopeConfig | HsmnHopeConfig, index: int, tokens: int, element: int) -> PartCost:
+def chain_cost(
+    config: HopeConfig | HsmnHopeConfig, index: int, tokens: int, element: int, is_gpu: bool = True
+) -> PartCost:
     """Cost of the chain-form memory of block `index`."""
+    config = config if is_gpu else _unbounded(config)
     if config.cms.spread == "every_block":
         index = 0
     return _cost(config, index, tokens, element, max([1, *(level.period for level in config.cms.levels)]))
+
+
+def _unbounded(config: Any) -> Any:
+    """Without bounds on growth: on a CPU a memory looks whether it is below them, as nearly always, and keeps nothing for them."""
+    free = {"largest_growth": 0.0}
+    changes = {"cms": config.cms.model_copy(update=free)}
+    if isinstance(config, HopeConfig):
+        changes["self_modifying"] = config.self_modifying.model_copy(update=free)
+    return config.model_copy(update=changes)
 
 
 def _cost(config: Any, cms_index: int | None, tokens: int, element: int, step: int) -> PartCost:

@@ -29,6 +29,7 @@ from hsmn_dist.models.hope.fast_state import FastState
 from hsmn_dist.models.hope.level_clock import NEVER, base_period, check_periods, does_tick
 from hsmn_dist.models.hope.mixers import SequenceInfo
 from hsmn_dist.models.hope.neural_memory import gelu_pair
+from hsmn_dist.models.tracing import may_look
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # inner [F, D], its bias [F], outer [D, F], its bias [D]
 
@@ -336,7 +337,7 @@ class _Walk:
         assert level is not None
         settings = self.memory.settings
         back = self._step_back(index, level)
-        changed = tuple(c + back * p for c, p in zip(level.change, level.pending, strict=True))
+        changed = tuple(torch.addcmul(c, p, back) for c, p in zip(level.change, level.pending, strict=True))
         start = self.memory.start(index)
         if not self.memory.learns_writes:  # the bound is the start's norm: it must not carry a gradient either
             inner, inner_bias, outer, outer_bias = (p.detach() for p in start)
@@ -419,5 +420,10 @@ def _joint_norm(tensors: tuple[Tensor, ...]) -> Tensor:
 
 def _held(change: tuple[Tensor, ...], limit: Tensor) -> tuple[Tensor, ...]:
     """The change, the joint norm of each row held below `limit` [1]."""
+    if may_look(limit):
+        with torch.no_grad():
+            is_below = bool((_joint_norm(change) <= limit).all())
+        if is_below:  # as nearly always: nothing to scale, forwards or backwards
+            return change
     scale = (limit / _joint_norm(change).clamp(min=1e-15)).clamp(max=1.0)  # [B]
     return tuple(t * scale.reshape(-1, *[1] * (t.dim() - 1)) for t in change)

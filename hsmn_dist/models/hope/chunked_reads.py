@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hsmn_dist.models.tracing import is_traced
+
 
 @dataclass(frozen=True)
 class ReadPlan:
@@ -65,8 +67,7 @@ def chunked_reads(
         memory: [B, H, S * K, J] in front of the first chunk, fp32 or wider; None for zeros.
         plan: the constants.
     """
-    is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if is_traced or plan.table.requires_grad or not torch.is_grad_enabled():
+    if is_traced() or plan.table.requires_grad or not torch.is_grad_enabled():
         reads, after, _ = _forward(query, key, value, gains, memory, plan)
         return reads, after
     return _ChunkedReads.apply(query, key, value, gains, memory, plan)  # type: ignore[no-any-return,no-untyped-call]

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from hsmn_dist.models.hope.fast_state import FastState
+from hsmn_dist.models.tracing import may_look
 
 Objective = Literal["dot", "half_l2", "l2"]
 
@@ -421,6 +422,12 @@ def capped(weights: MemoryWeights, initial: MemoryWeights, shape: MemoryShape, l
     assert initial.vectors is not None and initial.scalars is not None
 
     def held(tensor: Tensor, start: Tensor, dims: tuple[int, ...]) -> Tensor:
+        if may_look(tensor):
+            with torch.no_grad():
+                norm, limit = (t.norm(dim=dims, keepdim=True) for t in (tensor, start))
+                is_below = bool((norm <= largest_growth * limit).all())
+            if is_below:  # as nearly always: nothing to scale, forwards or backwards
+                return tensor
         limit = largest_growth * start.norm(dim=dims, keepdim=True)
         # Squares, so that the gradient at norm 0 is finite.
         square = tensor.square().sum(dim=dims, keepdim=True)
@@ -428,8 +435,11 @@ def capped(weights: MemoryWeights, initial: MemoryWeights, shape: MemoryShape, l
 
     rows = shape.num_hidden_rows
     lifts, starts = (w.inner[:, :, :rows].unflatten(2, (-1, shape.hidden)) for w in (weights, initial))
-    direct = held(weights.inner[:, :, rows:], initial.inner[:, :, rows:], (-1,))
-    inner = torch.cat([held(lifts, starts, (-2, -1)).flatten(2, 3), direct], 2)
+    given = weights.inner[:, :, rows:]
+    direct, lifted = held(given, initial.inner[:, :, rows:], (-1,)), held(lifts, starts, (-2, -1))
+    inner = weights.inner
+    if direct is not given or lifted is not lifts:
+        inner = torch.cat([lifted.flatten(2, 3), direct], 2)
     return MemoryWeights(
         inner,
         held(weights.vectors, initial.vectors, (-2, -1)),

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hsmn_dist.models.tracing import is_traced
+
 NormKind = Literal["layer", "rms"]
 
 
@@ -33,8 +35,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[*, D] -> [*, D]."""
         is_plain = x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64)
-        is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if not is_plain or is_traced or torch.is_autocast_enabled("cpu") or not x.numel():
+        if not is_plain or is_traced() or torch.is_autocast_enabled("cpu") or not x.numel():
             return super().forward(x)
         return _RmsNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return,no-untyped-call]
 
