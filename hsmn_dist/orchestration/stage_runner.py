@@ -64,9 +64,10 @@ def run_stages(specs: Sequence[StageSpec], has_driver: bool | None = None) -> No
         return  # the group was started again after an error that will not go away
     config = adjusted(load_stored_config(folder), folder)
     torch.set_num_threads(config.cluster.threads_per_rank)
-    keep_freed_blocks()
-    ask_for_huge_pages()
     world = World.place(config.cluster.device)
+    if world.device.type == "cpu":
+        keep_freed_blocks()
+        ask_for_huge_pages()
     configure_logging(world.rank)
     # The first beat comes before the ranks meet: one that waits there for a rank that never comes is found like any other.
     heart = Heart(folder.path / "heartbeats", world.rank, world.world_size, attempt).start()
