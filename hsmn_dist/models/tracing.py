@@ -8,7 +8,9 @@ from torch import Tensor
 
 def is_traced() -> bool:
     """Autograd then has to see plain operations: a function with gradients of its own would break the graph or be refused."""
-    return bool(torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    if torch.compiler.is_compiling():
+        return True
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def may_look(tensor: Tensor) -> bool:

@@ -148,8 +148,9 @@ def running_sum(x: Tensor, size: int) -> Tensor:
     blocks = F.pad(x, (0, 0, 0, num_blocks * size - tokens)).unflatten(1, (num_blocks, size))
     with torch.autocast(x.device.type, enabled=False):
         inside = torch.ones(size, size, dtype=x.dtype, device=x.device).tril() @ blocks
-    totals = inside[:, :, -1:]
-    return (inside + (totals.cumsum(1) - totals)).flatten(1, 2)[:, :tokens]
+    # Blocks before, and them alone: their sum less a block's own would round by tokens to come.
+    before = F.pad(inside[:, :-1, -1:].cumsum(1), (0, 0, 0, 0, 1, 0))
+    return (inside + before).flatten(1, 2)[:, :tokens]
 
 
 class LinearMixer(nn.Module):
