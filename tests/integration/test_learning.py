@@ -75,10 +75,10 @@ def test_the_memory_that_is_off_differs_in_its_write_rate_alone(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2500)
+@pytest.mark.timeout(4000)
 def test_recall_needs_the_memory_that_writes_in_context(tmp_path: Path) -> None:
     path = RUNS / "study_memory_cpu.yaml"
-    done = run_command("study", str(path), folder=tmp_path, timeout=2400)
+    done = run_command("study", str(path), folder=tmp_path, timeout=3900)
     assert done.status == 0, done.errors
     study = load_study(path)
     table: dict[str, dict[int, float]] = {variant: {} for variant in study.variants}
