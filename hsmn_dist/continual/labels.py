@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hsmn_dist.config.continual import Estimator
-from hsmn_dist.models.contract import TargetLoss, cross_entropy
+from hsmn_dist.models.contract import TargetLoss
+from hsmn_dist.models.token_loss import token_cross_entropy
 
 _BLOCK_ENTRIES = 1 << 22
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
@@ -53,9 +54,7 @@ class ExampleNumbers:
 
 def wide_cross_entropy(logits: Tensor, labels: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """The models' cross entropy in fp32, and in float64 for such logits, so that closed forms are met to float64."""
-    if logits.dtype == torch.float64:
-        return nn.functional.cross_entropy(logits, labels, reduction="none")
-    return cross_entropy(logits, labels, rows, positions)
+    return token_cross_entropy(logits, labels)
 
 
 def reversed_cross_entropy(logits: Tensor, labels: Tensor, rows: Tensor, positions: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class TargetLoss(Protocol):
 
 def cross_entropy(logits: Tensor, labels: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     """Negative log-likelihood in nats, computed in fp32. Shapes as in `TargetLoss`."""
-    return token_cross_entropy(logits, labels)
+    return token_cross_entropy(logits, labels).float()
 
 
 @dataclass

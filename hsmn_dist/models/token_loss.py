@@ -15,27 +15,32 @@ from hsmn_dist.models.tracing import is_traced
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Losses [M] in nats, in fp32, of logits [M, V] in any precision and labels [M] in 0 .. V - 1."""
+    """Losses [M] in nats of logits [M, V] and labels [M] in 0 .. V - 1; in fp32, in float64 of such logits."""
     if is_traced() or not logits.requires_grad or not torch.is_grad_enabled():
-        return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        return nn.functional.cross_entropy(logits.to(_wide(logits)), labels, reduction="none")
     return _TokenCrossEntropy.apply(logits, labels)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 class _TokenCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        probability = torch.softmax(logits, -1, dtype=torch.float32)
+        wide = _wide(logits)
+        probability = torch.softmax(logits, -1, dtype=wide)
         ctx.save_for_backward(probability, labels)
         ctx.dtype = logits.dtype
-        picked = logits.gather(1, labels[:, None])[:, 0].float()
+        picked = logits.gather(1, labels[:, None])[:, 0].to(wide)
         # By the likeliest label, whose probability is never rounded to 0 as that of `labels` may be.
-        return logits.amax(-1).float() - probability.amax(-1).log() - picked
+        return logits.amax(-1).to(wide) - probability.amax(-1).log() - picked
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         probability, labels = ctx.saved_tensors
-        rows, index = gradient.float()[:, None], labels[:, None]
+        rows, index = gradient[:, None], labels[:, None]
         # The label's own entry is rounded to the logits' precision after the subtraction, not before.
         own = (probability.gather(1, index) - 1.0) * rows
         found = torch.empty_like(probability, dtype=ctx.dtype)

@@ -10,7 +10,7 @@ Compiled, under torch.func, and for gradients of the decays autograd differentia
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ from torch.autograd.function import once_differentiable
 from hsmn_dist.models.tracing import is_traced
 
 
-@dataclass(frozen=True)
-class ReadPlan:
+class ReadPlan(NamedTuple):
     """What does not depend on the tokens' content; b = B, or 1 when all rows agree. F near modules come before S far ones.
 
     Attributes:
@@ -73,20 +72,15 @@ def chunked_reads(
     return _ChunkedReads.apply(query, key, value, gains, memory, plan)  # type: ignore[no-any-return,no-untyped-call]
 
 
-@dataclass
-class _Kept:
+class _Kept(NamedTuple):
     """Intermediate results that the backward pass needs; the last three are None where no state is read or written."""
 
     scores: Tensor  # [n, B, H, C, C]
     mix: Tensor  # [n, B, H, C, C], of any strides
     weighted: Tensor  # [n, B, H, C, C]
-    scaled_query: Tensor | None = None  # [n or n - 1, B, H, C, S * K]
-    scaled_key: Tensor | None = None  # [n', B, H, C, S * K]
-    starts: Tensor | None = None  # [n or n - 1, B, H, S * K, J], states that are read
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """All of them, in the order of the fields."""
-        return (self.scores, self.mix, self.weighted, self.scaled_query, self.scaled_key, self.starts)
+    scaled_query: Tensor | None  # [n or n - 1, B, H, C, S * K]
+    scaled_key: Tensor | None  # [n', B, H, C, S * K]
+    starts: Tensor | None  # [n or n - 1, B, H, S * K, J], states that are read
 
 
 def _forward(
@@ -96,25 +90,22 @@ def _forward(
     mix = _mixed(gains, plan.table, plan.is_same).to(scores.dtype)
     weighted = scores * mix
     reads = weighted @ value
-    kept = _Kept(scores, mix, weighted)
+    scaled_query = scaled_key = starts = None
     if plan.near_table is not None:
         near_scores, near_mix, near_value = _near_parts(query, key, value, gains, plan)
         reads[1:, :, :, : plan.window].add_((near_scores * near_mix) @ near_value)
-    if memory is None and not len(plan.write):
-        return reads, None, kept
-    states = memory[None] if memory is not None else None
+    states = None if memory is None else memory[None]
     if len(plan.write):
-        kept.scaled_key = _scaled(key[: len(plan.write)], plan.write)
-        writes = (kept.scaled_key.mT @ value[: len(plan.write)]).to(gains.dtype)
+        scaled_key = _scaled(key[: len(plan.write)], plan.write)
+        writes = (scaled_key.mT @ value[: len(plan.write)]).to(gains.dtype)
         states = _accumulated(writes if states is None else torch.cat([states, writes]), plan)
-    assert states is not None
     first = 1 if memory is None else 0
-    if len(query) > first:
-        kept.starts = states[: len(query) - first]
-        weights = gains[first:, :, :, plan.num_near :] * plan.read[first:]
-        kept.scaled_query = _scaled(query[first:], weights)
-        reads[first:].add_(kept.scaled_query @ kept.starts.to(query.dtype))
-    return reads, states[-1] if plan.returns_memory else None, kept
+    if states is not None and len(query) > first:
+        starts = states[: len(query) - first]
+        scaled_query = _scaled(query[first:], gains[first:, :, :, plan.num_near :] * plan.read[first:])
+        reads[first:].add_(scaled_query @ starts.to(query.dtype))
+    after = states[-1] if states is not None and plan.returns_memory else None
+    return reads, after, _Kept(scores, mix, weighted, scaled_query, scaled_key, starts)
 
 
 def _near_parts(
@@ -173,19 +164,21 @@ class _ChunkedReads(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, gains: Tensor, memory: Tensor | None, plan: ReadPlan
     ) -> tuple[Tensor, Tensor | None]:
         reads, after, kept = _forward(query, key, value, gains, memory, plan)
-        ctx.save_for_backward(query, key, value, gains, *kept.tensors())
-        ctx.plan, ctx.has_memory = plan, memory is not None
+        # Constants too: what is saved so is seen by hooks that move or count it.
+        ctx.save_for_backward(query, key, value, gains, *kept, *plan[:-1])
+        ctx.returns_memory, ctx.has_memory = plan.returns_memory, memory is not None
         ctx.set_materialize_grads(False)
         return reads, after
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, gradient: Tensor | None, after_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, gains, *intermediate = ctx.saved_tensors
-        given, kept = _Gradients(query, key, value, gains), _Kept(*intermediate)
+        query, key, value, gains, *saved = ctx.saved_tensors
+        given, kept = _Gradients(query, key, value, gains), _Kept._make(saved[: len(_Kept._fields)])
+        plan = ReadPlan._make([*saved[len(_Kept._fields) :], ctx.returns_memory])
         gradient = torch.zeros_like(value) if gradient is None else gradient.contiguous()
         with torch.autocast(value.device.type, enabled=False):
-            found, memory = _backward(given, kept, ctx.plan, gradient, after_gradient, ctx.has_memory)
+            found, memory = _backward(given, kept, plan, gradient, after_gradient, ctx.has_memory)
         return found.query, found.key, found.value, found.gains, memory, None
 
 

@@ -67,10 +67,9 @@ def decayed_reads(
     if inputs.reaches is not None and memory is None and not returns_memory and num_chunks > 1:
         near, far = ([m for m in far if (inputs.reaches[m] < size) is wanted] for wanted in (True, False))
     order = [*near, *far]
-    gains = inputs.gains.mT
-    gains = gains if order == sorted(order) else gains[:, :, order]
+    gains = inputs.gains if order == sorted(order) else inputs.gains[..., order]
     query, key, value = (_chunked(t, num_chunks, size) for t in _of_one_type(inputs.query, inputs.key, inputs.value))
-    gains = _chunked(gains.mT, num_chunks, size, is_transposed=True)
+    gains = _chunked(gains, num_chunks, size).mT
     plan = _plan(inputs, num_chunks, size, near, far, returns_memory)
     with torch.autocast(query.device.type, enabled=False):  # states and weights keep their precision
         reads, after = chunked_reads(query, key, value, gains, None if memory is None else memory.flatten(2, 3), plan)
@@ -86,13 +85,12 @@ def _of_one_type(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
-def _chunked(tensor: Tensor, num_chunks: int, size: int, is_transposed: bool = False) -> Tensor:
-    """[B, H, T, X] -> [n, B, H, C, X], or [n, B, H, X, C]; contiguous, zeros at the ragged end."""
+def _chunked(tensor: Tensor, num_chunks: int, size: int) -> Tensor:
+    """[B, H, T, X] -> [n, B, H, C, X]; contiguous, zeros at the ragged end."""
     missing = num_chunks * size - tensor.shape[2]
     if missing:
         tensor = torch.nn.functional.pad(tensor, (0, 0, 0, missing))
-    order = (2, 0, 1, 4, 3) if is_transposed else (2, 0, 1, 3, 4)
-    return tensor.unflatten(2, (num_chunks, size)).permute(order).contiguous()
+    return tensor.unflatten(2, (num_chunks, size)).permute(2, 0, 1, 3, 4).contiguous()
 
 
 def reaches(decays: list[float] | tuple[float, ...], dtype: torch.dtype) -> tuple[int, ...]:
@@ -155,14 +153,15 @@ def _plan(
     steps = torch.arange(size, device=decays.device)
     distance = steps[:, None] - steps - after
     table = (powers[:, distance.clamp(min=0)] * (distance >= 0) * scales[:, None, None])[[*near, *far]]
-    near_table = None
-    window = max([0, *(reach for reach in inputs.reaches or () if near and reach < size)])
-    if window:
+    near_table, window = None, 0
+    if inputs.reaches is not None and near:
+        window = max(inputs.reaches[m] for m in near)
         back = distance[:window, :window] + window
         near_table = powers[near][:, back.clamp(max=size)] * (back <= size) * scales[near][:, None, None]
     num_writes = num_chunks if returns_memory else num_chunks - 1
-    write, fading = _state_weights(powers[far], scales[far], layout, num_writes)
-    read = powers[far][:, 1 - after : size + 1 - after].expand(num_chunks, 1, 1, -1, -1)
+    slow = powers[far]
+    write, fading = _state_weights(slow, scales[far], layout, num_writes)
+    read = slow[:, 1 - after : size + 1 - after].expand(num_chunks, 1, 1, -1, -1)
     if layout.is_continued is not None:
         read = read * layout.is_continued[:, :, None, None]
     is_same, near_is_same = _same_segment(layout.segments, window, table.dtype)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from hsmn_dist.foundation.process_memory import USERS_OWN, give_back_freed_memory
+from hsmn_dist.foundation.process_memory import USERS_OWN
 
-IS_GLIBC = give_back_freed_memory() or (sys.platform == "linux" and bool(os.confstr("CS_GNU_LIBC_VERSION")))
-needs_glibc = pytest.mark.skipif(not IS_GLIBC, reason="the C library is not glibc")
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 
 
 def printed(program: str, *arguments: str, **variables: str) -> str:

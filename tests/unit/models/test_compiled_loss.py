@@ -52,8 +52,7 @@ def test_the_loss_step_is_one_graph_and_computes_the_same(name: str) -> None:
     counter = CompileCounter()
     found, others = loss_and_gradients(torch.compile(module, backend=counter, fullgraph=True), model, inputs)
     assert counter.frame_count == 1
-    # The last step, from logits to losses, is in fp32, and in two forms: a compiler fuses PyTorch's own.
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     assert len(others) == len(gradients)
     for left, right in zip(others, gradients, strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(left, right, rtol=1e-7, atol=1e-10)

@@ -100,3 +100,4 @@ def test_feed_forward_maps_are_what_they_say():
 
 def test_norms_are_torch_modules():
     assert type(build_norm(4)) is torch.nn.LayerNorm and type(build_norm(4, "rms")) is RMSNorm
+    assert issubclass(RMSNorm, torch.nn.RMSNorm)
