@@ -2,7 +2,7 @@
 
 Unusual: counted tensor by tensor as our layers save them (a test compares with autograd's saved storages), with fused attention
 (no T x T table); recomputed blocks keep their input alone, and one block at a time is whole again in the backward pass.
-On a CPU torch keeps dropout masks in the tensor's type and takes RMSNorm apart; both are fused on a GPU.
+A dropout mask takes a byte for each element. In half precision on a CPU torch takes RMSNorm apart; on a GPU it is fused.
 Source: the method of Korthikanti et al. 2022, arXiv 2205.05198, section 4, applied to our layers.
 """
 
@@ -31,11 +31,6 @@ class Storage:
     element: int
     is_gpu: bool
     context_parallel: int = 1
-
-    @property
-    def mask(self) -> int:
-        """Bytes of one element of a dropout mask."""
-        return 1 if self.is_gpu else self.element
 
     @property
     def rms_norm(self) -> int:
@@ -120,7 +115,7 @@ def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations
     recompute = config.encoder_recompute if config.encoder_group_chunks else "none"
 
     def encoder_layer(queries: int) -> float:
-        masks = 2 * queries * d * storage.mask if config.encoder_dropout > 0 else 0
+        masks = 2 * queries * d if config.encoder_dropout > 0 else 0
         norms = rows * 2 * d * size + queries * 2 * d * size
         attention = 2 * rows * d * size + 3 * queries * d * size + queries * heads * FP32
         inner = _feed_forward(queries, f, storage, is_gelu)
@@ -130,12 +125,12 @@ def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations
             return chunks * (rows * d * size + queries * d * size + masks)
         return chunks * (norms + attention + masks + inner)
 
-    masks = 3 * d * storage.mask if config.decoder_dropout > 0 else 0
+    masks = 3 * d if config.decoder_dropout > 0 else 0
     decoder: float = target * (13 * d * size + masks + 2 * heads * FP32) + 2 * nodes * d * size
     decoder += _feed_forward(target, f, storage, is_gelu)
     memories, shared = [0.0] * config.num_decoder_layers, 0.0
     if isinstance(config, HsmnHopeConfig):  # its reasoning blocks carry a memory of the target besides
-        norm = storage.mask * d if config.decoder_dropout > 0 else 0
+        norm = d if config.decoder_dropout > 0 else 0
         decoder += target * (2 * d * size + norm)
         memories = [_continuum(config, index, target, storage) for index in range(config.num_decoder_layers)]
         shared = _decay_table(config, target)
@@ -149,8 +144,8 @@ def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations
     inputs += [float(target * d * size)] * config.num_decoder_layers
     k, inner_width, rank = config.d_compressed, config.d_aggregator, config.aggregator_rank
     tree = (leaves - 1) * (2 * k + 2 * rank + inner_width) * size + nodes * k * size
-    dropout = chunks * rows * d * storage.mask if config.encoder_dropout > 0 else 0
-    dropout += target * d * storage.mask if config.decoder_dropout > 0 else 0
+    dropout = chunks * rows * d if config.encoder_dropout > 0 else 0
+    dropout += target * d if config.decoder_dropout > 0 else 0
     outside = chunks * 2 * d * size + tree + nodes * d * size + 2 * target * d * size + embedded + dropout
     logits = logits_bytes(target, config.vocab_size, storage)
     wide = (2 * f + 2 * d) * size  # the gradients on both sides of the activation function, and two of the stream
@@ -164,7 +159,7 @@ def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations
 
 def _hope(config: HopeConfig, lengths: Lengths, storage: Storage) -> Activations:
     d, tokens, size = config.d_model, lengths.tokens, storage.element
-    dropout = d * storage.mask if config.dropout > 0 else 0
+    dropout = d if config.dropout > 0 else 0
     block: float = tokens * (d * storage.rms_norm + dropout)
     if config.mixer == "attention":
         rotated = 2 * d * size if config.positions == "rotary" else 0
@@ -177,7 +172,7 @@ def _hope(config: HopeConfig, lengths: Lengths, storage: Storage) -> Activations
     if config.uses_mlp:
         block += tokens * (d * storage.rms_norm + dropout + 2 * config.d_feed_forward * size)
     inputs = float(tokens * d * size)
-    outside = tokens * (d * size if config.dropout > 0 else 8) + lengths.target_tokens * d * storage.rms_norm
+    outside = tokens * (8 + dropout) + lengths.target_tokens * d * storage.rms_norm
     logits = logits_bytes(lengths.target_tokens, config.vocab_size, storage)
     workings = (float(tokens * (2 * config.d_feed_forward + 2 * d) * size),) * config.num_layers
     layers = config.num_layers

@@ -3,7 +3,7 @@
 Unusual: the loss is scaled so that DeepSpeed's mean over ranks gives the gradient of sum(nll) / global_target_tokens, and its
 division by the accumulation count is switched off. The norm that it clips by is ours. State is saved by shards, in our own
 format; DeepSpeed's pickles are never written or read. The model is built whole on every rank's CPU and cut by DeepSpeed one
-parameter at a time (docs/decisions/0050).
+parameter at a time (docs/decisions/0050). While an engine under ZeRO-3 is open, `torch.nn.functional.linear` is DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import deepspeed
 import deepspeed.ops
 import torch
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from torch import Tensor
 
 from hsmn_dist.config.optim import OptimConfig
@@ -75,6 +77,7 @@ class DeepSpeedEngine:
         self._engine, _, _, _ = deepspeed.initialize(
             model=self._nll, optimizer=optimizer, config=settings, dist_init_required=False
         )
+        _open_engines.add(self)
         self._shards = ZeroShards(self._engine, facts, self._stage)
         if self._owned is not None:
             self._owned.attach(self._shards.slots(False))
@@ -211,6 +214,19 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """See Engine."""
         self._engine.destroy()
+        _open_engines.discard(self)
+        if not _open_engines:
+            _restore_linear()
+
+
+_open_engines: WeakSet[DeepSpeedEngine] = WeakSet()
+
+
+def _restore_linear() -> None:
+    """ZeRO-3 replaces torch's function for the rest of the process; its own is slower and keeps other tensors for the backward pass."""
+    plain = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
+    if plain is not None:
+        torch.nn.functional.linear = plain
 
 
 def _start_deepspeed(world: World) -> None:

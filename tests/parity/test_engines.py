@@ -166,6 +166,20 @@ def test_a_parameter_may_have_a_rate_of_its_own(stage: int | str) -> None:
         assert longest == pytest.approx(RATE * scales.get(name, 1.0), rel=1e-3), name
 
 
+def test_torchs_linear_is_torchs_again_when_the_last_engine_is_closed() -> None:
+    plain = torch.nn.functional.linear
+    first, second = (make_engine(World(), "deepspeed", stage) for stage in (3, 2))
+    assert torch.nn.functional.linear is not plain
+    first.close()
+    third = make_engine(World(), "deepspeed", 3)
+    second.close()
+    assert torch.nn.functional.linear is not plain, "one is still open"
+    third.close()
+    assert torch.nn.functional.linear is plain
+    run_course(make_engine(World(), "deepspeed", 3), World(), 1)
+    assert torch.nn.functional.linear is not plain
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_follows_the_bf16_twin_closely(stage: int) -> None:
     world = World()

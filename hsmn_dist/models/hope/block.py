@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hsmn_dist.models.hope.fast_state import FastState
 from hsmn_dist.models.hope.mixers import SequenceInfo
+from hsmn_dist.models.layers.dropout import Dropout
 from hsmn_dist.models.layers.norms import RMSNorm
 
 
@@ -37,7 +38,7 @@ class HopeBlock(nn.Module):
         self.cms = cms
         self.mlp_norm = RMSNorm(d_model) if mlp is not None else None
         self.mlp = mlp
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, x: Tensor, state: BlockState | None, info: SequenceInfo
@@ -48,13 +49,13 @@ class HopeBlock(nn.Module):
         health: dict[str, Tensor] = {}
         y, after.mixer, scalars = self.mixer(self.mixer_norm(x), before.mixer, info)
         health.update(scalars)
-        x = x + self.dropout(y)
+        x = self.dropout(y, x)
         if self.cms is not None and self.cms_norm is not None:
             y, after.cms, scalars = self.cms(self.cms_norm(x), before.cms, info)
             health.update(scalars)
-            x = x + self.dropout(y)
+            x = self.dropout(y, x)
         if self.mlp is not None and self.mlp_norm is not None:
-            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+            x = self.dropout(self.mlp(self.mlp_norm(x)), x)
         return x, after if info.returns_state else None, health
 
 

@@ -27,6 +27,7 @@ from hsmn_dist.models.hope.fast_state import FastState
 from hsmn_dist.models.hope.mixers import SequenceInfo
 from hsmn_dist.models.hope.rows import Rows, build_rows, reset_points
 from hsmn_dist.models.input_checks import check_continuations
+from hsmn_dist.models.layers.dropout import Dropout
 from hsmn_dist.models.layers.norms import RMSNorm
 from hsmn_dist.models.layers.rotary import rotary_table
 
@@ -62,7 +63,7 @@ class HopeModel(LanguageModel):
             self.head.weight = self.embedding.weight
         # A tied table is as small as the head has to be; the stream starts at the untied size all the same.
         self.embedding_scale = 0.1 * config.d_model**0.5 if config.ties_embeddings else 1.0
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.init_weights()
 
     @property

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hsmn_dist.models.example_rows import current_rows, example_rows
 from hsmn_dist.models.layers.attention import Attention
+from hsmn_dist.models.layers.dropout import Dropout
 from hsmn_dist.models.layers.feed_forward import Activation, FeedForward
 from hsmn_dist.models.layers.norms import build_norm
 
@@ -82,7 +83,7 @@ class EncoderLayer(nn.Module):
         self.attention = Attention(d_model, num_heads)
         self.feed_forward_norm = build_norm(d_model)
         self.feed_forward = FeedForward(d_model, d_feed_forward, activation)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.is_pre_norm = is_pre_norm
 
     def forward(self, x: Tensor, key_mask: Tensor, num_rows: int, recompute: Recompute = "none") -> Tensor:
@@ -94,10 +95,10 @@ class EncoderLayer(nn.Module):
         attended = partial(_recomputed, self._attended) if again in ("attention", "sublayers") else self._attended
         fed_forward = partial(_recomputed, self._fed_forward) if again == "sublayers" else self._fed_forward
         read = attended(x, key_mask, num_rows)
-        x = x[:, :num_rows] + self.dropout(read)
+        x = self.dropout(read, x[:, :num_rows])
         x = x if self.is_pre_norm else self.attention_norm(x)
         fed = fed_forward(x)
-        x = x + self.dropout(fed)
+        x = self.dropout(fed, x)
         return x if self.is_pre_norm else self.feed_forward_norm(x)
 
     def _attended(self, x: Tensor, key_mask: Tensor, num_rows: int) -> Tensor:
@@ -132,7 +133,7 @@ class ChunkEncoder(nn.Module):
         self.position_embedding = nn.Embedding(chunk_size + 1, d_model)
         self.layers = nn.ModuleList(layers)
         self.final_norm = build_norm(d_model) if layers[0].is_pre_norm else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.groups = EncoderGroups() if groups is None else groups
 
     def forward(self, embedded: Tensor, mask: Tensor, index: Tensor | None = None) -> Tensor:

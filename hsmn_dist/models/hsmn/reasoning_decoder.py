@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hsmn_dist.foundation.errors import ModelError
 from hsmn_dist.models.layers.attention import Attention
+from hsmn_dist.models.layers.dropout import Dropout
 from hsmn_dist.models.layers.feed_forward import Activation, FeedForward
 from hsmn_dist.models.layers.kv_cache import LayerCache
 from hsmn_dist.models.layers.norms import build_norm
@@ -78,7 +79,7 @@ class ReasoningBlock(nn.Module):
         self.cms = cms
         self.feed_forward_norm = build_norm(d_model)
         self.feed_forward = FeedForward(d_model, d_feed_forward, activation)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.is_pre_norm = is_pre_norm
         self.span = span
 
@@ -102,13 +103,13 @@ class ReasoningBlock(nn.Module):
         health: Health = {}
         if self.cms is not None and self.cms_norm is not None:
             y, fast, health = self.cms(self.cms_norm(x) if self.is_pre_norm else x, fast, cache is not None)
-            x = x + self.dropout(y) if self.is_pre_norm else self.cms_norm(x + self.dropout(y))
+            x = self.dropout(y, x) if self.is_pre_norm else self.cms_norm(self.dropout(y, x))
         return self._residual(x, self.feed_forward_norm, self.feed_forward), fast, health
 
     def _residual(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         if self.is_pre_norm:
-            return x + self.dropout(sublayer(norm(x)))
-        return norm(x + self.dropout(sublayer(x)))
+            return self.dropout(sublayer(norm(x)), x)
+        return norm(self.dropout(sublayer(x), x))
 
     def _attend(self, x: Tensor, cache: LayerCache | None) -> Tensor:
         return self.self_attention(x, is_causal=True, cache=cache, span=self.span)
@@ -122,7 +123,7 @@ class ReasoningDecoder(nn.Module):
         self.position_embedding = nn.Embedding(max_target_tokens, d_model)
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = build_norm(d_model) if blocks[0].is_pre_norm else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.max_target_tokens = max_target_tokens
 
     @property

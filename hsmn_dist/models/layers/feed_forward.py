@@ -11,6 +11,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hsmn_dist.models.layers.dropout import Dropout
+
 Activation = Literal["relu", "gelu", "silu"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -30,7 +32,7 @@ class FeedForward(nn.Module):
         self.inner = nn.Linear(d_model, d_feed_forward, bias=has_bias)
         self.outer = nn.Linear(d_feed_forward, d_model, bias=has_bias)
         self.activation = ACTIVATIONS[activation]
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -53,7 +55,7 @@ class GatedFeedForward(nn.Module):
         self.inner = nn.Linear(d_model, d_feed_forward, bias=has_bias)
         self.outer = nn.Linear(d_feed_forward, d_model, bias=has_bias)
         self.activation = ACTIVATIONS[activation]
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from hsmn_dist.config.models import HsmnConfig
 from hsmn_dist.models.build import build_model
 from hsmn_dist.models.contract import cross_entropy
 from hsmn_dist.planner.activations import Storage, activations
@@ -55,9 +56,17 @@ def test_recomputing_keeps_inputs_and_one_block() -> None:
     )
 
 
-def test_a_gpu_keeps_less_for_dropout_and_norms() -> None:
-    for name, element in (("hsmn_dropout", 4), ("hsmn_dropout", 2), ("hope", 2)):
-        cpu, gpu = (
-            sum(activations(MODELS[name], LENGTHS, Storage(element, is_gpu)).blocks) for is_gpu in (False, True)
-        )
-        assert gpu < cpu
+def test_a_gpu_keeps_less_for_norms_in_half_precision() -> None:
+    cpu, gpu = (sum(activations(MODELS["hope"], LENGTHS, Storage(2, is_gpu)).blocks) for is_gpu in (False, True))
+    assert gpu < cpu
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
+@pytest.mark.parametrize("element", [4, 2])
+def test_a_dropout_mask_takes_a_byte_for_each_element(element: int, is_gpu: bool) -> None:
+    config = MODELS["hsmn_dropout"]
+    assert isinstance(config, HsmnConfig)
+    without = config.model_copy(update={"decoder_dropout": 0.0})
+    kept, bare = (activations(one, LENGTHS, Storage(element, is_gpu)) for one in (config, without))
+    difference = sum(kept.blocks) + kept.outside - sum(bare.blocks) - bare.outside
+    assert difference == LENGTHS.target_tokens * config.d_model * (3 * config.num_decoder_layers + 1)
