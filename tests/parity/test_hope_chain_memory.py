@@ -118,6 +118,24 @@ def test_level_l_ticks_exactly_floor_t_over_c_times(tokens):
         ]
 
 
+@pytest.mark.parametrize("rate", [0.5, 0.0])
+def test_health_is_the_same_where_errors_are_scaled_and_where_gradients_are(rate):
+    # A call that goes on from a state knows no row's place in its period, so it scales the gradients.
+    memory = _memory((3, 6))
+    if rate == 0.0:
+        levels = [level.model_copy(update={"learning_rate": 0.0}) for level in memory.settings.levels]
+        memory.settings = memory.settings.model_copy(update={"levels": tuple(levels)})
+    x = torch.randn(2, 13, WIDTH, dtype=torch.float64)
+    info = SequenceInfo(returns_state=True)
+    nothing = memory(x[:, :1], None, info)[1].mapped(torch.zeros_like)
+    whole, again = (memory(x, state, info) for state in (None, nothing))
+    assert whole[2].keys() == again[2].keys()
+    for name, value in whole[2].items():
+        torch.testing.assert_close(value, again[2][name], rtol=1e-6, atol=0)
+    assert float(whole[2]["memory/level_0_gradient_norm"]) > 0
+    torch.testing.assert_close(whole[0], again[0], rtol=1e-10, atol=1e-12)
+
+
 def test_a_tick_is_the_autograd_gradient_of_the_summed_inner_loss_of_exactly_its_period():
     memory = _memory((4,))
     x = torch.randn(1, 8, WIDTH, dtype=torch.float64)

@@ -5,7 +5,14 @@ import itertools
 import pytest
 import torch
 
-from hsmn_dist.models.hope.neural_memory import ChunkInputs, MemoryShape, MemoryWeights, UpdateRule, write_chunk
+from hsmn_dist.models.hope.neural_memory import (
+    ChunkInputs,
+    MemoryShape,
+    MemoryWeights,
+    UpdateRule,
+    gelu_pair,
+    write_chunk,
+)
 from hsmn_dist.models.hope.reference import Memory, gated_delta_steps, inner_loss, recall, titans_steps
 
 BATCH, HEADS, WIDTH = 2, 2, 3
@@ -269,3 +276,23 @@ def test_strong_forgetting_over_a_long_chunk_stays_accurate_in_single_precision(
     )
     scale = exact[0].abs().max()
     assert (single[0].double() - exact[0]).abs().max() / scale < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-15), (torch.float32, 3e-7), (torch.bfloat16, 8e-3)]
+)
+def test_gelu_and_its_slope_are_pytorchs(dtype, tolerance):
+    z = torch.cat([torch.linspace(-6, 6, 121), torch.tensor([-40.0, -13.0, 0.0, 13.0, 40.0])]).to(dtype)
+    exact = z.double().requires_grad_()
+    (slope,) = torch.autograd.grad(torch.nn.functional.gelu(exact).sum(), exact)
+    found = gelu_pair(z)
+    assert [part.dtype for part in found] == [dtype, dtype]
+    torch.testing.assert_close(
+        found[0].double(), torch.nn.functional.gelu(exact).detach(), rtol=tolerance, atol=tolerance
+    )
+    torch.testing.assert_close(found[1].double(), slope, rtol=2 * tolerance, atol=2 * tolerance)
+
+
+def test_gelu_pair_has_first_and_second_derivatives():
+    z = torch.linspace(-4, 4, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(gelu_pair, z) and torch.autograd.gradgradcheck(gelu_pair, z)

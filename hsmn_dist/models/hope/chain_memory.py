@@ -202,13 +202,16 @@ class ChainMemory(nn.Module):
             out_error = self.mix[index] * error if is_independent else error
             lift_error = slope[:, :-1] * (out_error @ outer)
             if self.periods[index] != NEVER:
+                step = walk.step_at_once(index, steps.dtype)
+                lifted, out = (e if step is None else e * step for e in (lift_error, out_error))
                 gradients = (
-                    lift_error.mT @ source[:, :-1],
-                    lift_error.sum(1, keepdim=True),
-                    out_error.mT @ hidden[:, :-1],
-                    out_error.sum(1, keepdim=True),
+                    lifted.mT @ source[:, :-1],
+                    lifted.sum(1, keepdim=True),
+                    out.mT @ hidden[:, :-1],
+                    out.sum(1, keepdim=True),
                 )
-                walk.collect(index, gradients if self.learns_writes else tuple(g.detach() for g in gradients))
+                written = gradients if self.learns_writes else tuple(g.detach() for g in gradients)
+                walk.collect(index, written, is_scaled=step is not None)
             if not is_independent and index > 0:
                 error = error + lift_error @ inner
         return y[:, 1:]
@@ -244,6 +247,10 @@ class _Walk:
         # What several chunks share is made once: a level between two ticks, nothing pending, rate, and the bound of a change.
         self._weights: list[Weights | None] = [None] * len(memory.periods)
         self._is_clear = [state is None] * len(memory.periods)
+        self._is_scaled = [False] * len(memory.periods)
+        self._host_end: int | None = (
+            None  # `host_tokens` behind the present chunk, where every row has all of its tokens
+        )
         self._nothing: dict[int, tuple[Tensor, ...]] = {}
         self._limits: dict[int, Tensor] = {}
         self._steps_back: dict[int, Tensor] = {}
@@ -288,8 +295,20 @@ class _Walk:
             self._nothing[index] = tuple(torch.zeros_like(p) for p in pending)
         return self._nothing[index]
 
-    def collect(self, index: int, gradients: tuple[Tensor, ...]) -> None:
-        """Add a chunk's gradients to what is pending."""
+    def step_at_once(self, index: int, dtype: torch.dtype) -> Tensor | None:
+        """The factor -eta / D, where level `index` ticks in every row behind this chunk and nothing is pending from before.
+
+        The errors are then scaled instead of the gradients, which have many more numbers; so does the backward pass.
+        """
+        level, end = self.levels[index], self._host_end
+        if level is None or end is None or not self._is_clear[index] or not does_tick(end, self.memory.periods[index]):
+            return None
+        is_held = self.memory.settings.levels[index].learning_rate <= 0  # no gradient could be told from the product
+        return None if is_held or dtype != level.change[0].dtype else self._step_back(index, level)
+
+    def collect(self, index: int, gradients: tuple[Tensor, ...], is_scaled: bool) -> None:
+        """Add a chunk's gradients to what is pending; `is_scaled`: they are the step already (see `step_at_once`)."""
+        self._is_scaled[index] = is_scaled
         level = self.levels[index]
         assert level is not None
         is_clear = self._is_clear[index]
@@ -300,6 +319,9 @@ class _Walk:
 
     def restart(self, layout: ChunkLayout, index: int) -> None:
         """Rows whose chunk `index` begins a new segment forget everything."""
+        is_whole = layout.restarts is None and layout.valid is None and layout.slot is None
+        known = self.host_tokens if is_whole else None
+        self._host_end = None if known is None else known + layout.chunk_size
         if layout.restarts is None:
             return
         begins = layout.restarts[:, index]
@@ -337,7 +359,8 @@ class _Walk:
         assert level is not None
         settings = self.memory.settings
         back = self._step_back(index, level)
-        changed = tuple(torch.addcmul(c, p, back) for c, p in zip(level.change, level.pending, strict=True))
+        pairs = zip(level.change, level.pending, strict=True)
+        changed = tuple(c + p if self._is_scaled[index] else torch.addcmul(c, p, back) for c, p in pairs)
         start = self.memory.start(index)
         if not self.memory.learns_writes:  # the bound is the start's norm: it must not carry a gradient either
             inner, inner_bias, outer, outer_bias = (p.detach() for p in start)
@@ -347,6 +370,8 @@ class _Walk:
                 self._limits[index] = settings.largest_growth * _joint_norm(tuple(p.to(_wide(p))[None] for p in start))
             changed = _held(changed, self._limits[index])
         norm = _joint_norm(tuple(p.detach() for p in level.pending))
+        if self._is_scaled[index]:
+            norm = norm / back.detach().abs().flatten().clamp(min=torch.finfo(norm.dtype).tiny)
         counted = torch.ones_like(norm, dtype=torch.bool) if rows is None else rows
         if self.is_padding is not None:  # what padding wrote is no sign of life
             place = slice(chunk * layout.chunk_size, (chunk + 1) * layout.chunk_size)

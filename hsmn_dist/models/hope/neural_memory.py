@@ -28,6 +28,7 @@ from hsmn_dist.models.hope.fast_state import FastState
 from hsmn_dist.models.tracing import may_look
 
 Objective = Literal["dot", "half_l2", "l2"]
+BELL_HEIGHT = 1.0 / math.sqrt(2.0 * math.pi)  # phi(0) of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -103,31 +104,36 @@ class ChunkInputs:
     valid: Tensor | None = None
 
 
-class _GeluSlope(torch.autograd.Function):
-    """gelu'(z) as one node; its own derivative is density(z) (2 - z^2)."""
+class _GeluPair(torch.autograd.Function):
+    """gelu(z) = z Phi(z) and its slope Phi(z) + z phi(z) as one node; the slope's own derivative is phi(z) (2 - z^2)."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z: Tensor) -> Tensor:
-        density = torch.exp(-0.5 * z * z).mul_(z).mul_(1.0 / math.sqrt(2.0 * math.pi))
-        return torch.erf(z * math.sqrt(0.5)).add_(1.0).mul_(0.5).add_(density)
+    def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = z * math.sqrt(0.5)
+        bell = (scaled * scaled).neg_().exp_()
+        share = torch.erf(scaled).add_(1.0).mul_(0.5)
+        return z * share, torch.addcmul(share, z, bell, value=BELL_HEIGHT)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(inputs[0], output[1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (z,) = ctx.saved_tensors
+    def backward(ctx: Any, for_gelu: Tensor, for_slope: Tensor) -> Tensor:
+        z, slope = ctx.saved_tensors
         square = z * z
-        return gradient * torch.exp(-0.5 * square) * (2.0 - square) * (1.0 / math.sqrt(2.0 * math.pi))
+        bend = (2.0 - square).mul_(torch.exp(-0.5 * square))
+        return torch.addcmul(for_gelu * slope, for_slope, bend, value=BELL_HEIGHT)
 
 
 def gelu_pair(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact gelu(z) and its derivative."""
-    slope: Tensor = _GeluSlope.apply(z)  # type: ignore[no-untyped-call]
-    return torch.nn.functional.gelu(z), slope
+    """Exact gelu(z) and its derivative; in half precision the former is PyTorch's, which rounds once."""
+    pair: tuple[Tensor, Tensor] = _GeluPair.apply(z)  # type: ignore[no-untyped-call]
+    if z.dtype in (torch.float32, torch.float64):
+        return pair
+    return torch.nn.functional.gelu(z), pair[1]
 
 
 def recalled(
