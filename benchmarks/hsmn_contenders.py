@@ -31,12 +31,12 @@ TINY = {
     "d_aggregator": 16,
     "aggregator_rank": 4,
 }
-LEAN = "hsmn, groups of 16, sublayers recomputed"
+LEAN = "hsmn, groups of 32, sublayers recomputed"
 CHECKPOINTED = "hsmn, groups of 16, all recomputed"
 SETTINGS: dict[str, dict[str, Any]] = {
     "hsmn": {},
     "hsmn, groups of 16, attention recomputed": {"encoder_group_chunks": 16, "encoder_recompute": "attention"},
-    LEAN: {"encoder_group_chunks": 16, "encoder_recompute": "sublayers"},
+    LEAN: {"encoder_group_chunks": 32, "encoder_recompute": "sublayers"},
     CHECKPOINTED: {"encoder_group_chunks": 16, "encoder_recompute": "all"},
 }
 DENSE = "dense encoder-decoder"

@@ -204,9 +204,9 @@ class ExampleGradients:
         self._count(current, [name])
         return self._tapped(expanded, torch.empty(0), fire)
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, is_transposed: bool) -> Tensor:
         """See `example_rows.Listener`."""
-        output = functional.linear(x, weight)
+        output = x @ weight if is_transposed else functional.linear(x, weight)
         name, current = self._names.get(id(weight)), self._pass
         if name is None and current is not None and self._is_sharded and weight.requires_grad:
             # While a module runs, FSDP puts another tensor in its parameter's place.
@@ -216,7 +216,7 @@ class ExampleGradients:
         owners = self._owners(current, x, f"tied_linear({name})")
 
         def fire(saved: Tensor, gradient: Tensor) -> None:
-            current.add(name, Use(Outer(saved, gradient), owners))
+            current.add(name, Use(Outer(gradient, saved) if is_transposed else Outer(saved, gradient), owners))
 
         self._count(current, [name])
         return self._tapped(output, x, fire)

@@ -30,7 +30,7 @@ class Listener(Protocol):
         """`per_example`, watched."""
         ...
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, is_transposed: bool) -> Tensor:
         """`tied_linear`, watched."""
         ...
 
@@ -65,10 +65,12 @@ def per_example(parameter: Tensor, num_examples: int) -> Tensor:
     return parameter.expand(num_examples, *parameter.shape)
 
 
-def tied_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """X W^T for a weight [out, in] that belongs to another module (a token table used as the head)."""
+def tied_linear(x: Tensor, weight: Tensor, is_transposed: bool = False) -> Tensor:
+    """X W^T for a weight [out, in] that belongs to another module (a token table used as the head); `is_transposed`: X W."""
     listener = None if torch.compiler.is_compiling() else _listener
-    return functional.linear(x, weight) if listener is None else listener.linear(x, weight)
+    if listener is not None:
+        return listener.linear(x, weight, is_transposed)
+    return x @ weight if is_transposed else functional.linear(x, weight)
 
 
 @contextlib.contextmanager

@@ -92,11 +92,10 @@ def _hsmn(config: HsmnConfig, lengths: Lengths) -> ForwardFlops:
     chunks, leaves = encoded_chunks(config, lengths.context_tokens), num_chunks(config, lengths.context_tokens)
     nodes, target = 2 * leaves - 1, lengths.target_tokens
 
-    def encoder_layer(queries: int) -> float:
-        maps = 2 * 2 * queries * d * d + 2 * 2 * rows * d * d
-        return float(chunks * (maps + 4 * queries * rows * d + 4 * queries * d * f))
-
-    encoder = [encoder_layer(rows)] * (config.num_encoder_layers - 1) + [encoder_layer(1)]
+    whole_layer = float(chunks * (8 * rows * d * d + 4 * rows * rows * d + 4 * rows * d * f))
+    # The CLS row alone reads the chunk's rows themselves: key and value maps are those of one row for each head.
+    cls_layer = float(chunks * ((4 + 4 * config.num_heads) * d * d + 4 * config.num_heads * rows * d + 4 * d * f))
+    encoder = [whole_layer] * (config.num_encoder_layers - 1) + [cls_layer]
     self_attention = 8 * target * d * d + 4 * target * target * d
     cross_attention = 4 * target * d * d + 4 * nodes * d * d + 4 * target * nodes * d
     # A hybrid is an HSMN, and its reasoning blocks pay for their memory of the target besides.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -162,17 +165,32 @@ def test_chunks_in_groups_change_nothing(recompute: str, ways: list[bool]) -> No
     assert_close(found, engine.param_shards(False), dense, recompute)
 
 
+def shaken(name: str, seed: int) -> Any:
+    """`tiny` with weights of its own."""
+    model, generator = tiny(name), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 def test_half_precision_gives_nearly_the_fisher_of_full_precision(ways: list[bool]) -> None:
-    """bf16 has 8 bits: entries are off by some per cent, all of them together (relative norm) by less than a tenth."""
+    """bf16 has 8 bits: entries are off by some per cent, all of them together (relative norm) by less than a tenth.
+
+    The median of some models: in a model this small one hidden unit on the other side of zero is a tenth by itself.
+    """
     config = FisherConfig(estimator="empirical", **SETTINGS)
     training = TrainingConfig.model_validate({"engine": "local", "precision": "bf16"})
-    engine = build_engine(training, OptimConfig(), lambda: tiny("hsmn"), World())
-    batches = dealt(examples(NUM_EXAMPLES), config.micro_batch_examples)
-    found = run_fisher(engine, batches, config, World(), NUM_EXAMPLES)
-    dense = dense_fisher(tiny("hsmn"), examples(NUM_EXAMPLES), config)
-    wanted = torch.cat([dense[shard.name].reshape(-1) for shard in engine.param_shards(False)])
-    assert all(part.dtype == torch.float32 for part in found)
-    assert relative_error(torch.cat(found), wanted) < 0.1 and len(ways) == 1
+    errors = []
+    for seed in range(5):
+        engine = build_engine(training, OptimConfig(), partial(shaken, "hsmn", seed), World())
+        batches = dealt(examples(NUM_EXAMPLES), config.micro_batch_examples)
+        found = run_fisher(engine, batches, config, World(), NUM_EXAMPLES)
+        dense = dense_fisher(shaken("hsmn", seed), examples(NUM_EXAMPLES), config)
+        wanted = torch.cat([dense[shard.name].reshape(-1) for shard in engine.param_shards(False)])
+        assert all(part.dtype == torch.float32 for part in found)
+        errors.append(relative_error(torch.cat(found), wanted))
+    assert statistics.median(errors) < 0.1 and max(errors) < 0.5 and len(ways) == 5
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -1,7 +1,7 @@
 """ChunkEncoder: one embedding for each chunk, read at a CLS position in front of it.
 
 Unusual: row 0 of the position table is the CLS token, and the last layer computes the CLS row alone, which is exact and
-saves nearly half of the work (its keys and values are still those of the whole chunk). In groups, overlapping chunks read their
+saves nearly half of the work; it needs no keys and values of the chunk for that (`Attention.read_once`). In groups, overlapping chunks read their
 tokens from one list of embedded rows, so nothing of the size of all chunks is ever formed, forwards or backwards.
 Source: HSMN paper, ChunkEncoder; recomputing: Chen et al. 2016, arXiv 1604.06174.
 """
@@ -103,6 +103,8 @@ class EncoderLayer(nn.Module):
 
     def _attended(self, x: Tensor, key_mask: Tensor, num_rows: int) -> Tensor:
         x = self.attention_norm(x) if self.is_pre_norm else x
+        if num_rows == 1:
+            return self.attention.read_once(x[:, :1], x, key_mask)
         return self.attention(x[:, :num_rows], x, mask=key_mask, always_sees=True)  # the CLS token at least
 
     def _fed_forward(self, x: Tensor) -> Tensor:

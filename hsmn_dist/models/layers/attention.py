@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hsmn_dist.foundation.errors import ModelError
+from hsmn_dist.models.example_rows import tied_linear
 from hsmn_dist.models.layers.kv_cache import LayerCache
 from hsmn_dist.models.layers.rotary import RotaryTable, rotate
 
@@ -23,6 +24,7 @@ def attend(
     mask: Tensor | None = None,
     is_causal: bool = False,
     always_sees: bool = False,
+    scale: float | None = None,
 ) -> Tensor:
     """Softmax attention.
 
@@ -33,15 +35,17 @@ def attend(
         mask: bool, broadcastable to [B, H, T, N], True where attention is allowed; None allows everything.
         is_causal: query t sees keys 0..t (only with equal lengths and without `mask`).
         always_sees: the caller knows that no row of `mask` is False throughout; saves a copy of the result.
+        scale: of the scores; None is 1 / sqrt(K).
 
     Returns:
         [B, H, T, K]; zeros for a query whose mask row is False throughout.
     """
     if mask is None or always_sees:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal and mask is None)
+        is_causal = is_causal and mask is None
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale)
     sees_any = mask.any(dim=-1, keepdim=True)
     # A softmax over nothing is NaN forward or backward on some kernels: let such rows see all, then zero what they read.
-    read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask | ~sees_any)
+    read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask | ~sees_any, scale=scale)
     return torch.where(sees_any, read, torch.zeros((), dtype=read.dtype, device=read.device))
 
 
@@ -87,6 +91,31 @@ class Attention(nn.Module):
     def read(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
         """Attention of x [B, T, D] over prepared keys and values; `mask` as in `attend`. Returns [B, T, D]."""
         return self.output(self._merge(attend(self._split(self.query(x)), *keys_values, mask)))
+
+    def read_once(self, x: Tensor, source: Tensor, mask: Tensor) -> Tensor:
+        """What `forward` gives for one query a row, without the keys and values of the source.
+
+        With head h's rows W_h of the key map and V_h of the value map, (W_h s) . q_h = s . (W_h^T q_h) and the sum of a_n V_h s_n
+        is V_h times the sum of a_n s_n: two maps of H rows instead of N. Source: the absorbed form of DeepSeek-V2, arXiv
+        2405.04434, section 2.1.2.
+
+        Args:
+            x: [B, 1, D].
+            source: [B, N, d_source].
+            mask: [B, 1, 1, N], True somewhere in each row.
+
+        Returns:
+            [B, 1, D].
+        """
+        query = self.query(x).unflatten(-1, (self.num_heads, self.head_dim))  # [B, 1, H, K]
+        # Head h's query in the h-th place of row h, zeros elsewhere.
+        places = torch.eye(self.num_heads, dtype=query.dtype, device=query.device)[:, :, None]
+        looked_for = tied_linear((places * query).flatten(-2), self.key.weight, is_transposed=True)  # [B, H, d_source]
+        rows = source[:, None]
+        scale = self.head_dim**-0.5
+        mixed = attend(looked_for[:, None], rows, rows, mask, always_sees=True, scale=scale)[:, 0]  # [B, H, d_source]
+        value = self.value(mixed).unflatten(-1, (self.num_heads, self.head_dim))  # [B, H, H, K]
+        return self.output(value.diagonal(dim1=1, dim2=2).mT.flatten(-2)[:, None])
 
     def forward(
         self,

@@ -101,3 +101,20 @@ def test_feed_forward_maps_are_what_they_say():
 def test_norms_are_torch_modules():
     assert type(build_norm(4)) is torch.nn.LayerNorm and type(build_norm(4, "rms")) is RMSNorm
     assert issubclass(RMSNorm, torch.nn.RMSNorm)
+
+
+@pytest.mark.parametrize(("width", "heads", "d_source", "num_rows"), [(8, 2, 8, 7), (6, 3, 10, 1), (5, 1, 5, 4)])
+def test_one_query_reads_rows_as_it_reads_their_keys_and_values(width, heads, d_source, num_rows):
+    torch.manual_seed(0)
+    attention = Attention(width, heads, d_source=d_source).double()
+    x = torch.randn(3, 1, width, dtype=torch.float64, requires_grad=True)
+    source = torch.randn(3, num_rows, d_source, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(3, 1, 1, num_rows) > 0.4
+    mask[..., 0] = True
+    leaves, seed = [x, source, *attention.parameters()], torch.randn(3, 1, width, dtype=torch.float64)
+    results = []
+    for read in (attention.read_once(x, source, mask), attention(x, source, mask=mask, always_sees=True)):
+        assert read.shape == (3, 1, width)
+        results.append((read, *torch.autograd.grad(read, leaves, seed)))
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-13)
