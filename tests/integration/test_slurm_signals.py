@@ -26,6 +26,8 @@ from tests.support.manifests import ROOT
 
 DEMO = ROOT / "configs" / "runs" / "hsmn_debug_demo_cpu.yaml"
 JOB = 90_000_000 + os.getpid()  # its folder is /tmp/r<JOB>: no job of Slurm's has such a number
+# Says that it is there when it is: a bash that is about to `exec` loses a signal.
+SLEEPER = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(float(sys.argv[2]))"
 WORDS = {
     "srun": 'while [[ "${1:-}" == --* ]]; do shift; done\nexec "$@"',
     "scontrol": 'if [ "$1 $2" = "show hostnames" ]; then echo n1; else echo "scontrol $*" >> "$CALLS"; fi',
@@ -33,10 +35,11 @@ WORDS = {
     "ray": "exec sleep 60",
     "apptainer": 'echo "apptainer $*" >> "$CALLS"\nwhile [ "${1:-}" != /i.sif ]; do shift; done\nshift\nexec "$@"',
     # The join script, or the question to MLflow, which the real interpreter answers.
-    "python": 'if [[ "$2" == *urllib* ]]; then exec "$REAL_PYTHON" "$@"; fi\ntouch "$PWD/joining"\nexec sleep "$JOIN_SECONDS"',
+    "python": 'if [[ "$2" == *urllib* ]]; then exec "$REAL_PYTHON" "$@"; fi\n'
+    'exec "$REAL_PYTHON" -c "$SLEEPER" joining "$JOIN_SECONDS"',
     # Given seconds, it dies of TERM as a driver does that does not listen yet.
-    "hsmn-dist": 'echo "hsmn-dist $*" >> "$CALLS"\ntouch "$PWD/driving"\n'
-    'if [ "$RUN_SECONDS" = 0 ]; then exit "$RUN_CODE"; fi\nexec sleep "$RUN_SECONDS"',
+    "hsmn-dist": 'echo "hsmn-dist $*" >> "$CALLS"\nif [ "$RUN_SECONDS" = 0 ]; then exit "$RUN_CODE"; fi\n'
+    'exec "$REAL_PYTHON" -c "$SLEEPER" driving "$RUN_SECONDS"',
 }
 
 
@@ -60,7 +63,13 @@ class Batch:
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "RAY"))},
             **{"PATH": f"{words}:{os.environ['PATH']}", "CALLS": str(self.folder / "calls"), "STATE": "RUNNING"},
-            **{"REAL_PYTHON": sys.executable, "JOIN_SECONDS": "0", "RUN_SECONDS": "0", "RUN_CODE": "0"},
+            **{
+                "REAL_PYTHON": sys.executable,
+                "SLEEPER": SLEEPER,
+                "JOIN_SECONDS": "0",
+                "RUN_SECONDS": "0",
+                "RUN_CODE": "0",
+            },
             **{"SLURM_SUBMIT_DIR": str(self.folder), "SLURM_JOB_ID": str(JOB), "SLURM_JOB_NODELIST": "n1"},
             **self.environment,
         }
