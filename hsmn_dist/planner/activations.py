@@ -117,9 +117,9 @@ def _hsmn(config: HsmnConfig, lengths: Lengths, storage: Storage) -> Activations
     def encoder_layer(queries: int) -> float:
         masks = 2 * queries * d if config.encoder_dropout > 0 else 0
         norms = rows * 2 * d * size + queries * 2 * d * size
-        attention = 2 * rows * d * size + 3 * queries * d * size + queries * heads * FP32
-        if queries == 1:  # the CLS row reads rows, not keys and values (`Attention.read_once`)
-            attention = (3 * heads + 2) * d * size + heads * FP32
+        # The CLS row alone reads rows, not keys and values (`Attention.read_once`).
+        attended = 3 * heads + 2 if queries == 1 else 5 * rows
+        attention = attended * d * size + queries * heads * FP32
         inner = _feed_forward(queries, f, storage, is_gelu)
         if recompute == "attention":  # one group at a time has its norm's output, queries, keys, values and reads
             return chunks * (norms - rows * d * size + masks + inner)

@@ -248,9 +248,8 @@ class _Walk:
         self._weights: list[Weights | None] = [None] * len(memory.periods)
         self._is_clear = [state is None] * len(memory.periods)
         self._is_scaled = [False] * len(memory.periods)
-        self._host_end: int | None = (
-            None  # `host_tokens` behind the present chunk, where every row has all of its tokens
-        )
+        # `host_tokens` behind the present chunk, where every row has all of the chunk's tokens.
+        self._host_end: int | None = None
         self._nothing: dict[int, tuple[Tensor, ...]] = {}
         self._limits: dict[int, Tensor] = {}
         self._steps_back: dict[int, Tensor] = {}
