@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hsmn_dist.continual.gradient_rules import Dense, Outer, Rule, is_rms_norm, rms_norm_of_others, rule_of
 from hsmn_dist.continual.square_sums import Use
@@ -204,9 +203,8 @@ class ExampleGradients:
         self._count(current, [name])
         return self._tapped(expanded, torch.empty(0), fire)
 
-    def linear(self, x: Tensor, weight: Tensor, is_transposed: bool) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, is_transposed: bool, output: Tensor) -> Tensor:
         """See `example_rows.Listener`."""
-        output = x @ weight if is_transposed else functional.linear(x, weight)
         name, current = self._names.get(id(weight)), self._pass
         if name is None and current is not None and self._is_sharded and weight.requires_grad:
             # While a module runs, FSDP puts another tensor in its parameter's place.

@@ -30,8 +30,8 @@ class Listener(Protocol):
         """`per_example`, watched."""
         ...
 
-    def linear(self, x: Tensor, weight: Tensor, is_transposed: bool) -> Tensor:
-        """`tied_linear`, watched."""
+    def linear(self, x: Tensor, weight: Tensor, is_transposed: bool, output: Tensor) -> Tensor:
+        """The `output` of `tied_linear`, watched."""
         ...
 
 
@@ -67,10 +67,9 @@ def per_example(parameter: Tensor, num_examples: int) -> Tensor:
 
 def tied_linear(x: Tensor, weight: Tensor, is_transposed: bool = False) -> Tensor:
     """X W^T for a weight [out, in] that belongs to another module (a token table used as the head); `is_transposed`: X W."""
+    output = x @ weight if is_transposed else functional.linear(x, weight)
     listener = None if torch.compiler.is_compiling() else _listener
-    if listener is not None:
-        return listener.linear(x, weight, is_transposed)
-    return x @ weight if is_transposed else functional.linear(x, weight)
+    return output if listener is None else listener.linear(x, weight, is_transposed, output)
 
 
 @contextlib.contextmanager
