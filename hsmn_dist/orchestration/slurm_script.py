@@ -234,11 +234,10 @@ done
 # One task of an array has the array's own number, which to squeue and scontrol means all of its tasks.
 job=$SLURM_JOB_ID
 if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; fi
-driver="" ended="" driven="" code=0 heard=0
+driver="" ended="" driven="" code=0
 nodes=() own_files=()
 
 ask() { # checkpoint and leave; may be called more than once
-  heard=$((heard + 1))
   if [ -n "$asked" ]; then return 0; fi # a bare `return` in a trap has the status of what was interrupted, and ends the script
   asked=1
   if [ -n "$driver" ]; then kill -TERM "$driver" 2>/dev/null || true; fi
@@ -258,13 +257,11 @@ clean() {
   for pid in $driver "${nodes[@]}"; do kill -KILL "$pid" 2>/dev/null || true; done
   rm -rf "${own_files[@]}"
 }
-until_ended() { # exit code of a background process; a signal that ends `wait` early is neither its end nor its code
-  local code before
-  while :; do
-    before=$heard code=0
-    wait "$1" || code=$?
-    if [ "$before" = "$heard" ] && ! kill -0 "$1" 2>/dev/null; then return "$code"; fi
-  done
+until_ended() { # exit code of a background process; `wait` comes last: a signal as the process ends makes bash wait for others instead
+  local code=0
+  while kill -0 "$1" 2>/dev/null; do sleep 0.5 || true; done
+  wait "$1" || code=$?
+  return "$code"
 }
 run() { # a command that hears of signals: `ask` passes them on; one that would start after the signal does not
   local code=0

@@ -114,6 +114,27 @@ def test_a_job_that_is_asked_to_leave_queues_itself_again_at_any_moment(
     assert any(call.startswith("hsmn-dist") for call in batch.calls()) == (moment == "driving")
 
 
+def test_a_process_whose_end_comes_with_a_signal_is_not_waited_for_again(tmp_path: Path) -> None:
+    script = slurm_script(load_run_config(DEMO), "demo.yaml", SlurmSettings(setup=":"))
+    words = script[script.index("ask() {") : script.index("trap clean EXIT")]
+    path = tmp_path / "words.sh"
+    # Ray's place: while it lives, bash that missed the driver's end waits for some other one.
+    first, last = 'asked="" driver="" code=0', 'run sleep 60 || code=$?\nkill -KILL "$ray"\nexit "$code"'
+    lines = [first, words, "sleep 60 &", "ray=$!", last]
+    path.write_text("\n".join(lines))
+    batches = [subprocess.Popen(["bash", str(path)], stderr=subprocess.DEVNULL) for _ in range(16)]
+    time.sleep(1)
+    for batch in batches:
+        for _ in range(40):
+            batch.send_signal(signal.SIGTERM)
+            time.sleep(0.0002)
+    try:
+        assert [batch.wait(timeout=30) for batch in batches] == [143] * len(batches)
+    finally:
+        for batch in batches:
+            batch.kill()
+
+
 def test_a_task_of_an_array_speaks_of_itself_alone(tmp_path: Path) -> None:
     batch = Batch(tmp_path, {"array": "0-3"}, {"RUN_CODE": "75"})
     batch.environment |= {"SLURM_ARRAY_JOB_ID": str(JOB), "SLURM_ARRAY_TASK_ID": "3"}
