@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from hsmn_dist.config.models import CmsConfig
 from hsmn_dist.foundation.errors import ModelError
 from hsmn_dist.models.contract import ModelInput, cross_entropy
+from hsmn_dist.models.hope import chain_walk
 from hsmn_dist.models.hope.chain_memory import ChainMemory
 from hsmn_dist.models.hope.level_clock import base_period, check_periods, does_tick, num_ticks, tokens_of_tick
 from hsmn_dist.models.hope.memory_health import dead_levels
@@ -63,8 +64,10 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("most_waiting", [16, 2])
 @pytest.mark.parametrize(("periods", "changes"), CASES, ids=str)
-def test_values_gradients_and_final_weights_equal_the_token_loop(periods, changes):
+def test_values_gradients_and_final_weights_equal_the_token_loop(periods, changes, most_waiting, monkeypatch):
+    monkeypatch.setattr(chain_walk, "_MOST_WAITING", most_waiting)
     memory = _memory(periods, **changes)
     x = torch.randn(2, 13, WIDTH, dtype=torch.float64, requires_grad=True)
     y, state, _ = memory(x, None, SequenceInfo(returns_state=True))

@@ -24,6 +24,7 @@ class ChunkLayout:
         restarts: [B, n] bool, True where a chunk begins a new segment; None when none does.
         num_slots: S.
         chunk_size: C.
+        num_whole: first chunks that are full of tokens in every row and begin no new segment, as far as shapes tell.
     """
 
     source: Tensor | None
@@ -32,6 +33,7 @@ class ChunkLayout:
     restarts: Tensor | None
     num_slots: int
     chunk_size: int
+    num_whole: int = 0
 
     @property
     def num_chunks(self) -> int:
@@ -76,11 +78,12 @@ def chunk_layout(
     """
     if segments is None and offset is None:
         num_slots = -(-tokens // chunk_size) * chunk_size
+        num_whole = tokens // chunk_size if valid is None else 0
         if valid is None and num_slots != tokens:
             valid = torch.ones(batch, tokens, dtype=torch.bool, device=device)
         if valid is not None:
             valid = F.pad(valid, (0, num_slots - tokens))
-        return ChunkLayout(None, valid, None, None, num_slots, chunk_size)
+        return ChunkLayout(None, valid, None, None, num_slots, chunk_size, num_whole)
     numbers = torch.zeros(batch, tokens, dtype=torch.long, device=device) if segments is None else segments
     is_token = torch.ones(batch, tokens, dtype=torch.bool, device=device) if valid is None else valid
     head = torch.zeros(batch, dtype=torch.long, device=device) if offset is None else offset
