@@ -89,6 +89,23 @@ def test_values_gradients_and_final_weights_equal_the_token_loop(periods, change
         torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize(("periods", "changes"), CASES, ids=str)
+def test_gradients_end_in_the_same_order_whatever_ticks(periods, changes):
+    # ZeRO reduces them in that order, and every rank has rows of its own lengths.
+    memory = _memory(periods, **changes)
+    ended = []
+    for name, parameter in memory.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: ended.append(name))
+    orders = []
+    for tokens in (1, 3, 5, 19):
+        ended.clear()
+        y, _, _ = memory(torch.randn(1, tokens, WIDTH, dtype=torch.float64), None, SequenceInfo())
+        y.sum().backward()
+        orders.append(tuple(ended))
+    assert sorted(orders[0]) == sorted(name for name, _ in memory.named_parameters())
+    assert len(set(orders)) == 1, orders
+
+
 @pytest.mark.parametrize(("periods", "changes"), [*CASES, ((2, 6), {"writes": "stop_gradient"})], ids=str)
 def test_any_split_of_a_stream_and_a_saved_state_go_on_as_if_uninterrupted(periods, changes, tmp_path):
     memory = _memory(periods, **{**changes, "largest_growth": 0.5})

@@ -64,7 +64,7 @@ class ChainMemory(nn.Module):
                 inner_bias.zero_()
                 outer_bias.zero_()
                 if self.learns_writes and level.period != NEVER:
-                    # softplus never gives 0: a rate of 0 stays outside of it (see `Walk._tick`).
+                    # softplus never gives 0: a rate of 0 stays outside of it (see `Walk._step_back`).
                     rate = level.learning_rate
                     self.rates[index] = math.log(math.expm1(rate)) if rate > 0 else 0.0
             if self.settings.variant == "independent":
@@ -185,8 +185,7 @@ class ChainMemory(nn.Module):
             if state is not None:
                 last = torch.where(has_last[:, None], last, state.last.to(last.dtype))
                 has_last = has_last | state.has_last
-        for level in range(len(self.periods)):
-            walk.multiply_out(level)
+        walk.settle()
         return ChainState(walk.levels, walk.num_tokens, last, has_last)
 
 

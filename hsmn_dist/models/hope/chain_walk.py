@@ -100,6 +100,8 @@ class Walk:
         self._limits: dict[int, Tensor] = {}
         self._reaches: dict[int, Tensor] = {}  # [B], never below the norm of a level's change; absent where unknown
         self._steps_back: dict[int, Tensor] = {}
+        # Filled behind the first chunk, never here: all ranks must end a start's gradient at the same point of the backward pass, the
+        # first chunk's use of it, for ZeRO reduces gradients in the order in which they end. A rank without a tick has no other use.
         self._starts: dict[int, Weights] = {}
         for index, period in enumerate(memory.periods):
             if state is not None:
@@ -140,6 +142,8 @@ class Walk:
         self._weights[index] = None
 
     def _cleared(self, index: int, pending: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not self._is_in_numbers[index]:
+            return pending  # zeros already
         if index not in self._nothing:
             self._nothing[index] = tuple(torch.zeros_like(p) for p in pending)
         return self._nothing[index]
@@ -148,7 +152,12 @@ class Walk:
         """Add a chunk's gradient to what is pending."""
         self._factors[index].append(factors)
         if not self.is_whole or len(self._factors[index]) >= _MOST_WAITING:
-            self.multiply_out(index)
+            self._multiply_out(index)
+
+    def settle(self) -> None:
+        """Put into numbers what waits: the levels then have all of it in `pending`."""
+        for index in range(len(self.levels)):
+            self._multiply_out(index)
 
     def _waiting(self, index: int) -> Factors:
         """Of all chunks whose products wait; they wait no longer."""
@@ -157,8 +166,7 @@ class Walk:
             return waiting[0]
         return Factors(*(torch.cat(parts, 1) for parts in zip(*waiting, strict=True)))
 
-    def multiply_out(self, index: int) -> None:
-        """Put into numbers what waits: level `index` then has all of it in `pending`."""
+    def _multiply_out(self, index: int) -> None:
         level = self.levels[index]
         if level is None or not self._factors[index]:
             return
@@ -174,8 +182,7 @@ class Walk:
         """Before chunk `index`: rows in which it begins a new segment forget everything."""
         self.is_whole = self.host_tokens is not None and index < layout.num_whole
         if not self.is_whole:
-            for number in range(len(self.levels)):
-                self.multiply_out(number)
+            self.settle()
         if layout.restarts is None:
             return
         begins = layout.restarts[:, index]
@@ -241,7 +248,7 @@ class Walk:
         The errors are then scaled in place of the products, which have many more numbers; so does the backward pass.
         """
         if self._is_in_numbers[index] or not self._factors[index]:
-            self.multiply_out(index)
+            self._multiply_out(index)
         level = self.levels[index]
         assert level is not None
         if not self._factors[index]:
