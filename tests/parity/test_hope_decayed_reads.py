@@ -115,6 +115,32 @@ def test_written_out_gradients_equal_those_of_autograd(tokens, memory_comes, mem
             torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("decays_are_given", [True, False])
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize(("tokens", "memory_comes", "memory_goes"), CASES)
+def test_what_is_left_out_counts_as_one(tokens, memory_comes, memory_goes, is_packed, decays_are_given):
+    """Without gains every module is read as it is; without decays there is one module, which keeps everything."""
+    query, key, value, gains, taus, memory = _inputs(tokens, modules=4 if decays_are_given else 1)
+    decays, scales = (taus, 1.0 - taus) if decays_are_given else (torch.ones_like(taus), torch.ones_like(taus))
+    memory = memory if memory_comes else None
+    segments = valid = None
+    if is_packed:
+        segments = torch.stack([torch.arange(tokens) // (tokens // 3 + 1), torch.arange(tokens) // (tokens // 2 + 1)])
+        valid = torch.arange(tokens)[None] < torch.tensor([[tokens - 1], [tokens]])
+    known = reaches(tuple(taus.tolist()), torch.float64) if decays_are_given else None
+    leaves = [t.requires_grad_() for t in (query, key, value, memory) if t is not None]
+    left_out = (None, decays, scales) if decays_are_given else (None, None, None)
+    found = []
+    for weights in (left_out, (torch.ones_like(gains), decays, scales)):
+        inputs = ReadInputs(query, key, value, *weights, segments, valid, reaches=known)
+        outputs = [t for t in decayed_reads(inputs, memory, 64, memory_goes) if t is not None]
+        seeds = [torch.sin(torch.arange(t.numel(), dtype=t.dtype)).view_as(t) for t in outputs]
+        found.append((outputs, torch.autograd.grad(outputs, leaves, seeds)))
+    for left, right in zip(*found, strict=True):
+        for one, other in zip(left, right, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
 def _nodes(node):
     """Names of a graph's nodes."""
     names, waiting = set(), [node]

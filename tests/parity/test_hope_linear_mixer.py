@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from hsmn_dist.models.hope.mixers import LinearMixer, SequenceInfo, running_sum
+from hsmn_dist.models.hope.mixers import LinearMixer, SequenceInfo, positive_features, running_sum
 from hsmn_dist.models.hope.reference import linear_attention_steps
 from hsmn_dist.models.layers.rotary import RotaryTable, rotary_table
 
@@ -104,3 +104,19 @@ def test_running_sums_by_blocks_equal_a_cumulative_sum(tokens):
     found = [(total, *torch.autograd.grad(total, [x], seed)) for total in (running_sum(x, 64), x.cumsum(1))]
     for left, right in zip(*found, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_features_have_the_values_and_gradients_of_elu_plus_one(dtype):
+    x = torch.tensor([-100.0, -50.0, -3.0, -1.0, -0.1, 0.0, 0.1, 1.0, 100.0], dtype=dtype, requires_grad=True)
+    features = positive_features(x)
+    assert type(features.grad_fn).__name__ == "_PositiveFeaturesBackward"
+    seed = torch.arange(1.0, 10.0, dtype=dtype)
+    wide = x.detach().double().requires_grad_()
+    expected = torch.nn.functional.elu(wide) + 1.0
+    close = {"rtol": 2e-2 if dtype == torch.bfloat16 else 1e-6, "atol": torch.finfo(dtype).eps}
+    torch.testing.assert_close(features.double(), expected, **close)
+    (given,) = torch.autograd.grad(features, [x], seed)
+    (wanted,) = torch.autograd.grad(expected, [wide], seed.double())
+    torch.testing.assert_close(given.double(), wanted, **close)
+    assert bool((features > 0).all()) and given[:2].tolist() == [0.0, 0.0]  # held, and so without a slope

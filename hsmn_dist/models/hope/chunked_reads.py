@@ -27,9 +27,9 @@ class ReadPlan(NamedTuple):
         is_same: [n, b, 1, C, C] 1 where both are of one segment, else 0; None without segments.
         near_table: [F, w, w] weight of the last w tokens' writes of the chunk before; None where every module is far.
         near_is_same: [n - 1, b, 1, w, w]; None without segments.
-        write: [n', b, 1, S, C] weight of a write in the state behind its chunk.
+        write: [n', b, 1, S, C] weight of a write in the state behind its chunk; None for one module that writes everything.
         fading: [n', b, 1, S * K, 1] what a chunk leaves of the state in front of it.
-        read: [n, b, 1, S, C] what a token still reads of the state in front of its chunk.
+        read: [n, b, 1, S, C] what a token still reads of the state in front of its chunk; None for all of one module.
         returns_memory: the state behind the last chunk is wanted; n' is then n, else n - 1.
     """
 
@@ -37,9 +37,9 @@ class ReadPlan(NamedTuple):
     is_same: Tensor | None
     near_table: Tensor | None
     near_is_same: Tensor | None
-    write: Tensor
+    write: Tensor | None
     fading: Tensor
-    read: Tensor
+    read: Tensor | None
     returns_memory: bool
 
     @property
@@ -54,7 +54,7 @@ class ReadPlan(NamedTuple):
 
 
 def chunked_reads(
-    query: Tensor, key: Tensor, value: Tensor, gains: Tensor, memory: Tensor | None, plan: ReadPlan
+    query: Tensor, key: Tensor, value: Tensor, gains: Tensor | None, memory: Tensor | None, plan: ReadPlan
 ) -> tuple[Tensor, Tensor | None]:
     """Reads [n, B, H, C, J], and the state [B, H, S * K, J] behind the last chunk when the plan returns it.
 
@@ -62,7 +62,7 @@ def chunked_reads(
         query: [n, B, H, C, K], contiguous.
         key: as `query`.
         value: [n, B, H, C, J], contiguous.
-        gains: [n, B, H, M, C], fp32 or wider.
+        gains: [n, B, H, M, C], fp32 or wider; None: all are 1.
         memory: [B, H, S * K, J] in front of the first chunk, fp32 or wider; None for zeros.
         plan: the constants.
     """
@@ -75,8 +75,8 @@ def chunked_reads(
 class _Kept(NamedTuple):
     """Intermediate results that the backward pass needs; the last three are None where no state is read or written."""
 
-    scores: Tensor  # [n, B, H, C, C]
-    mix: Tensor  # [n, B, H, C, C], of any strides
+    scores: Tensor | None  # [n, B, H, C, C]; None without gains
+    mix: Tensor  # [n, B, H, C, C], of any strides; [C, C] where all chunks share it
     weighted: Tensor  # [n, B, H, C, C]
     scaled_query: Tensor | None  # [n or n - 1, B, H, C, S * K]
     scaled_key: Tensor | None  # [n', B, H, C, S * K]
@@ -84,7 +84,7 @@ class _Kept(NamedTuple):
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, gains: Tensor, memory: Tensor | None, plan: ReadPlan
+    query: Tensor, key: Tensor, value: Tensor, gains: Tensor | None, memory: Tensor | None, plan: ReadPlan
 ) -> tuple[Tensor, Tensor | None, _Kept]:
     scores = query @ key.mT
     mix = _mixed(gains, plan.table, plan.is_same).to(scores.dtype)
@@ -95,33 +95,45 @@ def _forward(
         near_scores, near_mix, near_value = _near_parts(query, key, value, gains, plan)
         reads[1:, :, :, : plan.window].add_((near_scores * near_mix) @ near_value)
     states = None if memory is None else memory[None]
-    if len(plan.write):
-        scaled_key = _scaled(key[: len(plan.write)], plan.write)
-        writes = (scaled_key.mT @ value[: len(plan.write)]).to(gains.dtype)
+    if num_writes := len(plan.fading):
+        scaled_key = _scaled(key[:num_writes], plan.write)
+        writes = (scaled_key.mT @ value[:num_writes]).to(plan.table.dtype)
         states = _accumulated(writes if states is None else torch.cat([states, writes]), plan)
     first = 1 if memory is None else 0
     if states is not None and len(query) > first:
         starts = states[: len(query) - first]
-        scaled_query = _scaled(query[first:], gains[first:, :, :, plan.num_near :] * plan.read[first:])
+        scaled_query = _scaled(query[first:], _read_weights(gains, plan, first))
         reads[first:].add_(scaled_query @ starts.to(query.dtype))
     after = states[-1] if states is not None and plan.returns_memory else None
-    return reads, after, _Kept(scores, mix, weighted, scaled_query, scaled_key, starts)
+    return reads, after, _Kept(None if gains is None else scores, mix, weighted, scaled_query, scaled_key, starts)
+
+
+def _read_weights(gains: Tensor | None, plan: ReadPlan, first: int) -> Tensor | None:
+    """Weights [.., S, C] of the states in the reads of chunks `first` and later; None: 1."""
+    read = None if plan.read is None else plan.read[first:]
+    if gains is None:
+        return read
+    far = gains[first:, :, :, plan.num_near :]
+    return far if read is None else far * read
 
 
 def _near_parts(
-    query: Tensor, key: Tensor, value: Tensor, gains: Tensor, plan: ReadPlan
+    query: Tensor, key: Tensor, value: Tensor, gains: Tensor | None, plan: ReadPlan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores of each chunk's first w tokens with the last w before it, their weights, and the values read."""
     assert plan.near_table is not None
     window = plan.window
     scores = query[1:, :, :, :window] @ key[:-1, :, :, -window:].mT
-    mix = _mixed(gains[1:, :, :, : plan.num_near, :window], plan.near_table, plan.near_is_same)
+    gains = None if gains is None else gains[1:, :, :, : plan.num_near, :window]
+    mix = _mixed(gains, plan.near_table, plan.near_is_same)
     return scores, mix.to(scores.dtype), value[:-1, :, :, -window:]
 
 
-def _mixed(gains: Tensor, table: Tensor, is_same: Tensor | None) -> Tensor:
-    """sum_m gains[.., m, i] table[m, i, j]: [n, B, H, i, j], of any strides."""
-    if len(table) == 1:
+def _mixed(gains: Tensor | None, table: Tensor, is_same: Tensor | None) -> Tensor:
+    """sum_m gains[.., m, i] table[m, i, j]: [n, B, H, i, j], of any strides; what all chunks share without gains."""
+    if gains is None:
+        mix = table.sum(0)
+    elif len(table) == 1:
         mix = gains[:, :, :, 0, :, None] * table[0]
     else:
         # A table of its own for each token i: one product for each of them, which all chunks share.
@@ -137,15 +149,17 @@ def _mixed_backward(gradient: Tensor, table: Tensor, is_same: Tensor | None) -> 
     return by_token.permute(1, 2, 0).unflatten(0, gradient.shape[:3])
 
 
-def _scaled(x: Tensor, weights: Tensor) -> Tensor:
+def _scaled(x: Tensor, weights: Tensor | None) -> Tensor:
     """[n, B, H, C, K] by weights [n, b, h, S, C] -> [n, B, H, C, S * K]."""
+    if weights is None:
+        return x
     # Weights of a token lie together, so that the product is laid out as it is read.
     return (x[..., None, :] * weights.mT.to(x.dtype).contiguous()[..., None]).flatten(-2)
 
 
 def _accumulated(states: Tensor, plan: ReadPlan) -> Tensor:
     """Writes of each chunk (and the memory in front, if any) [.., B, H, S * K, J] to the states behind them."""
-    fading = plan.fading[len(plan.write) - len(states) + 1 :]
+    fading = plan.fading[len(plan.fading) - len(states) + 1 :]
     if torch.is_grad_enabled():  # autograd would copy the whole tensor at every step in place
         found = [states[0]]
         for written, faded in zip(states[1:].unbind(), fading.unbind(), strict=True):
@@ -161,7 +175,13 @@ class _ChunkedReads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, gains: Tensor, memory: Tensor | None, plan: ReadPlan
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gains: Tensor | None,
+        memory: Tensor | None,
+        plan: ReadPlan,
     ) -> tuple[Tensor, Tensor | None]:
         reads, after, kept = _forward(query, key, value, gains, memory, plan)
         # Constants too: what is saved so is seen by hooks that move or count it.
@@ -189,7 +209,7 @@ class _Gradients:
     query: Tensor
     key: Tensor
     value: Tensor
-    gains: Tensor
+    gains: Tensor | None
 
 
 def _backward(
@@ -217,8 +237,9 @@ def _inner_backward(given: _Gradients, kept: _Kept, plan: ReadPlan, gradient: Te
     """Gradients of the reads inside a chunk, in fresh tensors."""
     weighted = gradient @ given.value.mT
     scores = weighted * kept.mix
-    mix = weighted.mul_(kept.scores)
-    gains = _mixed_backward(mix, plan.table, plan.is_same).contiguous()
+    gains = None
+    if kept.scores is not None:
+        gains = _mixed_backward(weighted.mul_(kept.scores), plan.table, plan.is_same).contiguous()
     return _Gradients(scores @ given.key, scores.mT @ given.query, kept.weighted.mT @ gradient, gains)
 
 
@@ -230,9 +251,10 @@ def _near_backward(given: _Gradients, plan: ReadPlan, gradient: Tensor, found: _
     gradient = gradient[1:, :, :, :window]
     weighted = gradient @ near_value.mT
     found.value[:-1, :, :, -window:].add_((scores * mix).mT @ gradient)
-    mix_gradient, scores_gradient = weighted * scores, weighted * mix
-    gains = _mixed_backward(mix_gradient, plan.near_table, plan.near_is_same)
-    found.gains[1:, :, :, : plan.num_near, :window].add_(gains)
+    scores_gradient = weighted * mix
+    if found.gains is not None:
+        gains = _mixed_backward(weighted * scores, plan.near_table, plan.near_is_same)
+        found.gains[1:, :, :, : plan.num_near, :window].add_(gains)
     found.query[1:, :, :, :window].add_(scores_gradient @ given.key[:-1, :, :, -window:])
     found.key[:-1, :, :, -window:].add_(scores_gradient.mT @ given.query[1:, :, :, :window])
 
@@ -249,8 +271,9 @@ def _starts_backward(
         last = torch.zeros_like(states[:1]) if after_gradient is None else after_gradient[None]
         states = torch.cat([states, last])
     fading = plan.fading if has_memory else plan.fading[1:]
-    for number in range(len(states) - 2, -1, -1):
-        states[number].addcmul_(states[number + 1], fading[number])
+    found, fadings = states.unbind(), fading.unbind()
+    for number in range(len(found) - 2, -1, -1):
+        found[number].addcmul_(found[number + 1], fadings[number])
     return states
 
 
@@ -258,12 +281,12 @@ def _outer_backward(given: _Gradients, kept: _Kept, plan: ReadPlan, gradient: Te
     """Adds the gradients of the reads of states, for queries and gains."""
     assert kept.starts is not None
     first = len(given.query) - len(kept.starts)
-    query, read, far = given.query[first:], plan.read[first:], plan.num_near
-    scaled = gradient[first:] @ kept.starts.to(query.dtype).mT
-    scaled = scaled.unflatten(-1, (read.shape[-2], -1))  # [.., C, S, K]
-    _add_weighted(found.query[first:], scaled, given.gains[first:, :, :, far:] * read)
-    weights = scaled.mul_(query[..., None, :]).sum(-1).mT  # [.., S, C]
-    found.gains[first:, :, :, far:].add_(weights * read)
+    query, starts = given.query[first:], kept.starts.to(gradient.dtype)
+    scaled = _add_scaled(found.query[first:], gradient[first:], starts, _read_weights(given.gains, plan, first))
+    if found.gains is not None and scaled is not None:
+        weights = scaled.mul_(query[..., None, :]).sum(-1).mT  # [.., S, C]
+        weights = weights if plan.read is None else weights * plan.read[first:]
+        found.gains[first:, :, :, plan.num_near :].add_(weights)
 
 
 def _writes_backward(given: _Gradients, kept: _Kept, plan: ReadPlan, writes: Tensor, found: _Gradients) -> None:
@@ -271,13 +294,20 @@ def _writes_backward(given: _Gradients, kept: _Kept, plan: ReadPlan, writes: Ten
     assert kept.scaled_key is not None
     num_writes = len(writes)
     writes = writes.to(given.value.dtype)
-    scaled = (given.value[:num_writes] @ writes.mT).unflatten(-1, (plan.write.shape[-2], -1))
-    _add_weighted(found.key[:num_writes], scaled, plan.write)
+    _add_scaled(found.key[:num_writes], given.value[:num_writes], writes, plan.write)
     found.value[:num_writes].flatten(0, 2).baddbmm_(kept.scaled_key.flatten(0, 2), writes.flatten(0, 2))
 
 
-def _add_weighted(total: Tensor, scaled: Tensor, weights: Tensor) -> None:
-    """Total [n, B, H, C, K] += sum_s weights [n, b, h, s, C] scaled [n, B, H, C, s, K]."""
+def _add_scaled(total: Tensor, x: Tensor, states: Tensor, weights: Tensor | None) -> Tensor | None:
+    """Total [n, B, H, C, K] += sum_s weights [n, b, h, s, C] y_s with y = x [.., C, J] states^T: [.., C, S, K].
+
+    Returns y; None without weights, which add it without making it.
+    """
+    if weights is None:
+        total.flatten(0, 2).baddbmm_(x.flatten(0, 2), states.flatten(0, 2).mT)
+        return None
     weights = weights.to(total.dtype)
+    y = (x @ states.mT).unflatten(-1, (weights.shape[-2], -1))
     for number in range(weights.shape[-2]):
-        total.addcmul_(scaled[..., number, :], weights[..., number, :, None])
+        total.addcmul_(y[..., number, :], weights[..., number, :, None])
+    return y

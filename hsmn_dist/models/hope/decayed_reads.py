@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hsmn_dist.models.hope.chunked_reads import ReadPlan, chunked_reads
+from hsmn_dist.models.layers.rotary import RotaryTable, rotate
 
 
 @dataclass
@@ -25,10 +26,10 @@ class ReadInputs:
     """One call of `decayed_reads`.
 
     Attributes:
-        query, key: [B, H, T, K].
+        query, key: [B, H, T, K], before rotary positions if `rotary` is given.
         value: [B, H, T, J].
-        gains: [B, H, T, M] read weight of each module.
-        decays: [M] in [0, 1].
+        gains: [B, H, T, M] read weight of each module; None: all are 1.
+        decays: [M] in [0, 1]; None, as are the scales then: one module that keeps everything.
         scales: [M] write weight of each module.
         segments: [B, T] integers that never fall; memory is cleared where they change. Segment 0 continues the carried
             memory. None: one segment.
@@ -36,18 +37,20 @@ class ReadInputs:
             only. None: all valid.
         reads_after_write: o_t sees token t's own write; False reads the memory as token t - 1 left it.
         reaches: `reaches(decays, dtype)`, as plain integers; None treats every module as slow.
+        rotary: table by which queries and keys are rotated on their way into chunks, which saves a copy of both.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
-    gains: Tensor
-    decays: Tensor
-    scales: Tensor
+    gains: Tensor | None = None
+    decays: Tensor | None = None
+    scales: Tensor | None = None
     segments: Tensor | None = None
     valid: Tensor | None = None
     reads_after_write: bool = True
     reaches: tuple[int, ...] | None = None
+    rotary: RotaryTable | None = None
 
 
 def decayed_reads(
@@ -63,17 +66,22 @@ def decayed_reads(
     size = min(chunk_size, tokens)
     num_chunks = -(-tokens // size)
     near: list[int] = []
-    far = list(range(inputs.decays.shape[0]))
+    far = list(range(1 if inputs.decays is None else inputs.decays.shape[0]))
     if inputs.reaches is not None and memory is None and not returns_memory and num_chunks > 1:
         near, far = ([m for m in far if (inputs.reaches[m] < size) is wanted] for wanted in (True, False))
     order = [*near, *far]
-    gains = inputs.gains if order == sorted(order) else inputs.gains[..., order]
-    query, key, value = (_chunked(t, num_chunks, size) for t in _of_one_type(inputs.query, inputs.key, inputs.value))
-    gains = _chunked(gains, num_chunks, size).mT
+    gains = inputs.gains
+    if gains is not None:
+        gains = _chunked(gains if order == sorted(order) else gains[..., order], num_chunks, size).mT
+    query, key, value = _of_one_type(inputs.query, inputs.key, inputs.value)
+    rotary = None if inputs.rotary is None else _chunked_table(inputs.rotary, num_chunks, size)
+    query, key = (_chunked(t, num_chunks, size, rotary) for t in (query, key))
+    value = _chunked(value, num_chunks, size)
     plan = _plan(inputs, num_chunks, size, near, far, returns_memory)
     with torch.autocast(query.device.type, enabled=False):  # states and weights keep their precision
         reads, after = chunked_reads(query, key, value, gains, None if memory is None else memory.flatten(2, 3), plan)
-    reads = reads.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :tokens]
+    # Tokens outside heads, as the map behind wants them: one copy, here and in the backward pass.
+    reads = reads.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :tokens].transpose(1, 2)
     return reads, None if after is None else after.unflatten(2, (len(far), -1))
 
 
@@ -85,12 +93,20 @@ def _of_one_type(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
-def _chunked(tensor: Tensor, num_chunks: int, size: int) -> Tensor:
-    """[B, H, T, X] -> [n, B, H, C, X]; contiguous, zeros at the ragged end."""
+def _chunked(tensor: Tensor, num_chunks: int, size: int, rotary: RotaryTable | None = None) -> Tensor:
+    """[B, H, T, X] -> [n, B, H, C, X]; contiguous, zeros at the ragged end, rotated by a table of the same layout."""
     missing = num_chunks * size - tensor.shape[2]
     if missing:
         tensor = torch.nn.functional.pad(tensor, (0, 0, 0, missing))
-    return tensor.unflatten(2, (num_chunks, size)).permute(2, 0, 1, 3, 4).contiguous()
+    # By way of [B, T, H, X], so that a gradient is copied once, to where the projection's lies.
+    chunks = tensor.transpose(1, 2).unflatten(1, (num_chunks, size)).permute(1, 0, 3, 2, 4)
+    return (chunks if rotary is None else rotate(chunks, rotary)).contiguous()
+
+
+def _chunked_table(rotary: RotaryTable, num_chunks: int, size: int) -> RotaryTable:
+    """Of positions [T] or [B, 1, T] to [n, b, 1, C]."""
+    whole = (part if part.dim() == 4 else part[None, None] for part in rotary)
+    return RotaryTable(*(_chunked(part, num_chunks, size) for part in whole))
 
 
 def reaches(decays: list[float] | tuple[float, ...], dtype: torch.dtype) -> tuple[int, ...]:
@@ -115,9 +131,8 @@ class _Layout:
     survives: Tensor | None = None  # [n, B] float: the carried memory outlives the chunk
 
 
-def _layout(inputs: ReadInputs, num_chunks: int, size: int) -> _Layout:
+def _layout(inputs: ReadInputs, dtype: torch.dtype, num_chunks: int, size: int) -> _Layout:
     device, tokens = inputs.query.device, inputs.query.shape[2]
-    dtype = inputs.gains.dtype
     missing = num_chunks * size - tokens
     if inputs.valid is None:
         flat = torch.arange(num_chunks * size, device=device)[None] < tokens
@@ -146,9 +161,12 @@ def _plan(
     inputs: ReadInputs, num_chunks: int, size: int, near: list[int], far: list[int], returns_memory: bool
 ) -> ReadPlan:
     """Everything that does not depend on queries, keys, values and gains."""
-    layout = _layout(inputs, num_chunks, size)
-    decays, scales = inputs.decays, inputs.scales
+    keeps_all = inputs.decays is None or inputs.scales is None
+    decays, scales = (_ones(inputs.query) if t is None or keeps_all else t for t in (inputs.decays, inputs.scales))
+    layout = _layout(inputs, decays.dtype, num_chunks, size)
     powers = decays[:, None] ** torch.arange(size + 1, device=decays.device, dtype=decays.dtype)  # [M, C + 1]
+    # Numbers too small to be normal slow a processor's products tenfold.
+    powers = torch.where(powers < torch.finfo(powers.dtype).tiny, torch.zeros_like(powers), powers)
     after = 0 if inputs.reads_after_write else 1
     steps = torch.arange(size, device=decays.device)
     distance = steps[:, None] - steps - after
@@ -161,12 +179,21 @@ def _plan(
     num_writes = num_chunks if returns_memory else num_chunks - 1
     slow = powers[far]
     write, fading = _state_weights(slow, scales[far], layout, num_writes)
-    read = slow[:, 1 - after : size + 1 - after].expand(num_chunks, 1, 1, -1, -1)
+    read = None if keeps_all else slow[:, 1 - after : size + 1 - after].expand(num_chunks, 1, 1, -1, -1)
     if layout.is_continued is not None:
-        read = read * layout.is_continued[:, :, None, None]
+        continued = layout.is_continued[:, :, None, None]
+        read = continued if read is None else read * continued
     is_same, near_is_same = _same_segment(layout.segments, window, table.dtype)
     fading = fading.repeat_interleave(inputs.key.shape[-1], -1)[:, :, None, :, None]
-    return ReadPlan(table, is_same, near_table, near_is_same, write[:, :, None], fading, read, returns_memory)
+    # The ragged end's keys are zeros as it is.
+    writes_all = keeps_all and inputs.segments is None and inputs.valid is None
+    plan_write = None if writes_all else write[:, :, None]
+    return ReadPlan(table, is_same, near_table, near_is_same, plan_write, fading, read, returns_memory)
+
+
+def _ones(like: Tensor) -> Tensor:
+    """One number, 1, in fp32 or wider."""
+    return torch.ones(1, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
 def _state_weights(powers: Tensor, scales: Tensor, layout: _Layout, num_writes: int) -> tuple[Tensor, Tensor]:

@@ -9,14 +9,17 @@ arXiv 2104.09864, equation 19), so its denominator stays positive. Sources: Vasw
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hsmn_dist.models.hope.decayed_reads import ReadInputs, decayed_reads
 from hsmn_dist.models.hope.fast_state import FastState
 from hsmn_dist.models.layers.rotary import RotaryTable, rotate
+from hsmn_dist.models.tracing import is_traced
 
 
 @dataclass
@@ -134,7 +137,34 @@ def positive_features(x: Tensor) -> Tensor:
 
     Sums of products then never vanish, so that a token whose features all rounded to 0 does not divide 0 by 0.
     """
-    return F.threshold(F.elu(x).add_(1.0), 0.0, torch.finfo(x.dtype).eps / 2)
+    if is_traced() or not x.requires_grad or not torch.is_grad_enabled():
+        return _features(x)
+    return _PositiveFeatures.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _features(x: Tensor) -> Tensor:
+    return F.elu(x).add_(1.0).clamp_min_(_least(x))
+
+
+def _least(x: Tensor) -> float:
+    return torch.finfo(x.dtype).eps / 2
+
+
+class _PositiveFeatures(torch.autograd.Function):
+    """phi' = min(phi, 1), and 0 where phi is held: below 0 phi is its own derivative, so nothing else is kept or computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        features = _features(x)
+        ctx.save_for_backward(features)
+        return features
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (features,) = ctx.saved_tensors
+        slope = F.threshold(features, _least(features), 0.0)
+        return slope.clamp_max_(1.0).mul_(gradient)  # type: ignore[no-any-return]
 
 
 def running_sum(x: Tensor, size: int) -> Tensor:
@@ -145,7 +175,8 @@ def running_sum(x: Tensor, size: int) -> Tensor:
     tokens = x.shape[1]
     size = min(size, tokens)
     num_blocks = -(-tokens // size)
-    blocks = F.pad(x, (0, 0, 0, num_blocks * size - tokens)).unflatten(1, (num_blocks, size))
+    missing = num_blocks * size - tokens
+    blocks = (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(1, (num_blocks, size))
     with torch.autocast(x.device.type, enabled=False):
         inside = torch.ones(size, size, dtype=x.dtype, device=x.device).tril() @ blocks
     # Blocks before, and them alone: their sum less a block's own would round by tokens to come.
@@ -168,11 +199,12 @@ class LinearMixer(nn.Module):
         """[B, T, D] -> [B, T, D], the memory after the last token when it is wanted, and no health scalars."""
         query, key, value = self.project(x).chunk(3, -1)
         query, key = positive_features(query), positive_features(key)
-        one = torch.ones(1, dtype=torch.promote_types(query.dtype, torch.float32), device=x.device)
-        total, normaliser = self._normalised(query, key, state, info, one)
-        gains = 1.0 / total.to(one.dtype)
+        total, normaliser = self._normalised(query, key, state, info)
         query, key, value = (split_heads(t, self.num_heads) for t in (query, key, value))
-        inputs = ReadInputs(rotated(query, info), rotated(key, info), value, gains, one, one, info.segments, info.valid)
+        # Each query by its total, which is as much as dividing what it reads, and needs no weights among tokens.
+        gains = 1.0 / total.to(torch.promote_types(total.dtype, torch.float32))
+        query = (query * gains).to(query.dtype)
+        inputs = ReadInputs(query, key, value, segments=info.segments, valid=info.valid, rotary=info.rotary)
         read, memory = decayed_reads(
             inputs, None if state is None else state.memory, self.chunk_size, info.returns_state
         )
@@ -180,23 +212,16 @@ class LinearMixer(nn.Module):
         return self.output(merge_heads(read)), after, {}
 
     def _normalised(
-        self, query: Tensor, key: Tensor, state: LinearState | None, info: SequenceInfo, one: Tensor
+        self, query: Tensor, key: Tensor, state: LinearState | None, info: SequenceInfo
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, D] twice to phi(q_t) . sum of phi(k_s), s <= t [B, H, T, 1]; and the last sum when it is wanted."""
         if state is None and info.segments is None and not info.returns_state:
-            product = query.to(one.dtype) * running_sum(key.to(one.dtype), self.chunk_size)
+            wide = torch.promote_types(query.dtype, torch.float32)
+            product = query.to(wide) * running_sum(key.to(wide), self.chunk_size)
             return product.unflatten(-1, (self.num_heads, -1)).sum(-1).transpose(1, 2)[..., None], None
         query, key = split_heads(query, self.num_heads), split_heads(key, self.num_heads)
-        inputs = ReadInputs(
-            query,
-            key,
-            torch.ones_like(key[..., :1]),
-            one.expand(*query.shape[:3], 1),
-            one,
-            one,
-            info.segments,
-            info.valid,
-        )
+        ones = torch.ones_like(key[..., :1])
+        inputs = ReadInputs(query, key, ones, segments=info.segments, valid=info.valid)
         return decayed_reads(inputs, None if state is None else state.normaliser, self.chunk_size, info.returns_state)
 
 
