@@ -43,7 +43,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--whole-limit", type=int, default=16384, help="longest context of HSMN without groups")
     parser.add_argument("--titans-limit", type=int, default=1024, help="longest row of titans-pytorch")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--warmups", type=int, default=3, help="rounds until the heap has found its size")
+    parser.add_argument("--warmups", type=int, help="rounds until the heap they share has found its size (6, quick 3)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=None, help="HSMN: peak memory too")
     parser.add_argument("--quick", action="store_true", help="fewer sizes, two rounds, no memory: under nine minutes")
@@ -51,11 +51,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    warmups = 6
     contexts, sequences = [1024, 4096, 8192, 16384, 32768, 65536], [256, 512, 1024, 2048, 4096, 8192]
     if arguments.quick:
-        contexts, sequences, arguments.repeats = [1024, 8192], [1024, 2048], 2
+        contexts, sequences, arguments.repeats, warmups = [1024, 8192], [1024, 2048], 2, 3
     if arguments.tiny:
-        contexts, sequences, arguments.repeats = [300], [70], 1
+        contexts, sequences, arguments.repeats, warmups = [300], [70], 1, 1
+    arguments.warmups = warmups if arguments.warmups is None else arguments.warmups
     arguments.contexts = arguments.contexts or contexts
     arguments.sequences = arguments.sequences or sequences
     if arguments.memory is None:

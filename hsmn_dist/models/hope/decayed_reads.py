@@ -161,8 +161,8 @@ def _plan(
     inputs: ReadInputs, num_chunks: int, size: int, near: list[int], far: list[int], returns_memory: bool
 ) -> ReadPlan:
     """Everything that does not depend on queries, keys, values and gains."""
-    keeps_all = inputs.decays is None or inputs.scales is None
-    decays, scales = (_ones(inputs.query) if t is None or keeps_all else t for t in (inputs.decays, inputs.scales))
+    keeps_all = inputs.decays is None
+    decays, scales = (_ones(inputs.query) if t is None else t for t in (inputs.decays, inputs.scales))
     layout = _layout(inputs, decays.dtype, num_chunks, size)
     powers = decays[:, None] ** torch.arange(size + 1, device=decays.device, dtype=decays.dtype)  # [M, C + 1]
     # Numbers too small to be normal slow a processor's products tenfold.
@@ -187,8 +187,8 @@ def _plan(
     fading = fading.repeat_interleave(inputs.key.shape[-1], -1)[:, :, None, :, None]
     # The ragged end's keys are zeros as it is.
     writes_all = keeps_all and inputs.segments is None and inputs.valid is None
-    plan_write = None if writes_all else write[:, :, None]
-    return ReadPlan(table, is_same, near_table, near_is_same, plan_write, fading, read, returns_memory)
+    writes = None if writes_all else write[:, :, None]
+    return ReadPlan(table, is_same, near_table, near_is_same, writes, fading, read, returns_memory)
 
 
 def _ones(like: Tensor) -> Tensor:
