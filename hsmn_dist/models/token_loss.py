@@ -11,24 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hsmn_dist.models.precision import wide_type
 from hsmn_dist.models.tracing import is_traced
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Losses [M] in nats of logits [M, V] and labels [M] in 0 .. V - 1; in fp32, in float64 of such logits."""
     if is_traced() or not logits.requires_grad or not torch.is_grad_enabled():
-        return nn.functional.cross_entropy(logits.to(_wide(logits)), labels, reduction="none")
+        return nn.functional.cross_entropy(logits.to(wide_type(logits)), labels, reduction="none")
     return _TokenCrossEntropy.apply(logits, labels)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _wide(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
 
 
 class _TokenCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        wide = _wide(logits)
+        wide = wide_type(logits)
         probability = torch.softmax(logits, -1, dtype=wide)
         ctx.save_for_backward(probability, labels)
         ctx.dtype = logits.dtype

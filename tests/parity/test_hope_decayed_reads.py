@@ -81,6 +81,17 @@ def test_segments_and_padding_equal_each_segment_alone(size):
             torch.testing.assert_close(final[b, h], state, rtol=1e-10, atol=1e-12)
 
 
+def _packed(tokens):
+    """Segments and validity of two rows: up to three segments, and two; the first row ends in padding."""
+    cut = tokens // 3
+    segments = torch.stack([torch.arange(tokens) // (cut + 1), torch.arange(tokens) // (2 * cut + 1)])
+    return segments, torch.arange(tokens)[None] < torch.tensor([[tokens - 1], [tokens]])
+
+
+def _seeds(outputs):
+    return [torch.sin(torch.arange(t.numel(), dtype=t.dtype)).view_as(t) for t in outputs]
+
+
 CASES = [(tokens, memory, goes) for tokens in (5, 64, 150) for memory in (False, True) for goes in (False, True)]
 
 
@@ -91,11 +102,7 @@ def test_written_out_gradients_equal_those_of_autograd(tokens, memory_comes, mem
     query, key, value, gains, taus, memory = _inputs(tokens, modules=5)
     value = torch.cat([value, value.flip(2)], -1)  # as wide as no key is
     memory = torch.cat([memory, memory.flip(3)], -1) if memory_comes else None
-    segments = valid = None
-    if is_packed:
-        cut = tokens // 3
-        segments = torch.stack([torch.arange(tokens) // (cut + 1), torch.arange(tokens) // (2 * cut + 1)])
-        valid = torch.arange(tokens)[None] < torch.tensor([[tokens - 1], [tokens]])
+    segments, valid = _packed(tokens) if is_packed else (None, None)
     leaves = [t.requires_grad_() for t in (query, key, value, gains, memory) if t is not None]
     found = []
     for decays in (taus, taus.clone().requires_grad_()):
@@ -103,7 +110,7 @@ def test_written_out_gradients_equal_those_of_autograd(tokens, memory_comes, mem
         inputs = ReadInputs(query, key, value, gains, decays, 1.0 - decays, segments, valid, reaches=known)
         reads, after = decayed_reads(inputs, memory, 64, memory_goes)
         outputs = [t for t in (reads, after) if t is not None]
-        seeds = [torch.sin(torch.arange(t.numel(), dtype=t.dtype)).view_as(t) for t in outputs]
+        seeds = _seeds(outputs)
         names = _nodes(reads.grad_fn)
         assert ("_ChunkedReadsBackward" in names) is (decays is taus), names
         gradients = torch.autograd.grad(outputs, leaves, seeds, retain_graph=True)
@@ -123,10 +130,7 @@ def test_what_is_left_out_counts_as_one(tokens, memory_comes, memory_goes, is_pa
     query, key, value, gains, taus, memory = _inputs(tokens, modules=4 if decays_are_given else 1)
     decays, scales = (taus, 1.0 - taus) if decays_are_given else (torch.ones_like(taus), torch.ones_like(taus))
     memory = memory if memory_comes else None
-    segments = valid = None
-    if is_packed:
-        segments = torch.stack([torch.arange(tokens) // (tokens // 3 + 1), torch.arange(tokens) // (tokens // 2 + 1)])
-        valid = torch.arange(tokens)[None] < torch.tensor([[tokens - 1], [tokens]])
+    segments, valid = _packed(tokens) if is_packed else (None, None)
     known = reaches(tuple(taus.tolist()), torch.float64) if decays_are_given else None
     leaves = [t.requires_grad_() for t in (query, key, value, memory) if t is not None]
     left_out = (None, decays, scales) if decays_are_given else (None, None, None)
@@ -134,7 +138,7 @@ def test_what_is_left_out_counts_as_one(tokens, memory_comes, memory_goes, is_pa
     for weights in (left_out, (torch.ones_like(gains), decays, scales)):
         inputs = ReadInputs(query, key, value, *weights, segments, valid, reaches=known)
         outputs = [t for t in decayed_reads(inputs, memory, 64, memory_goes) if t is not None]
-        seeds = [torch.sin(torch.arange(t.numel(), dtype=t.dtype)).view_as(t) for t in outputs]
+        seeds = _seeds(outputs)
         found.append((outputs, torch.autograd.grad(outputs, leaves, seeds)))
     for left, right in zip(*found, strict=True):
         for one, other in zip(left, right, strict=True):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hsmn_dist.models.hope.chunk_layout import ChunkLayout
 from hsmn_dist.models.hope.fast_state import FastState
 from hsmn_dist.models.hope.level_clock import NEVER, does_tick
+from hsmn_dist.models.precision import wide_type
 from hsmn_dist.models.tracing import may_look
 
 if TYPE_CHECKING:
@@ -113,7 +114,9 @@ class Walk:
     def _fresh(self, index: int) -> LevelState:
         def zeros() -> tuple[Tensor, ...]:
             return tuple(
-                torch.zeros(self.batch, *(p.shape if p.dim() == 2 else (1, *p.shape)), device=p.device, dtype=_wide(p))
+                torch.zeros(
+                    self.batch, *(p.shape if p.dim() == 2 else (1, *p.shape)), device=p.device, dtype=wide_type(p)
+                )
                 for p in self.memory.start(index)
             )
 
@@ -267,7 +270,7 @@ class Walk:
         No norm is longer than the steps that led to it [B]: while these are short, nothing is measured.
         """
         if index not in self._limits:
-            norm = _joint_norm(tuple(p.to(_wide(p))[None] for p in self.memory.start(index)))
+            norm = _joint_norm(tuple(p.to(wide_type(p))[None] for p in self.memory.start(index)))
             # Writes that carry no gradient carry none by their bound either.
             norm = norm if self.memory.learns_writes else norm.detach()
             self._limits[index] = self.memory.settings.largest_growth * norm
@@ -316,10 +319,6 @@ class Walk:
                 found[f"memory/level_{index}_gradient_norm"] = self.gradient_norms[index].mean()
                 found[f"memory/level_{index}_change_norm"] = _joint_norm(level.change).detach().float().mean()
         return found
-
-
-def _wide(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def _where(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:

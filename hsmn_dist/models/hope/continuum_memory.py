@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hsmn_dist.foundation.errors import ModelError
 from hsmn_dist.models.hope.decayed_reads import ReadInputs, decayed_reads, reaches
 from hsmn_dist.models.hope.fast_state import FastState
+from hsmn_dist.models.precision import wide_type
 
 DEFAULT_CHUNK = 64
 
@@ -120,7 +121,7 @@ class ContinuumMemory(nn.Module):
         # Tokens last while the softmax runs: M numbers are too few for the inner loop. [B, H, M, T]
         gates = self.gate(x).reshape(batch, tokens, self.num_heads, len(self.taus)).permute(0, 2, 3, 1)
         # The scale of the scores goes into the gates, which hold M numbers a head where a query holds K.
-        gates = torch.softmax(gates, 2, dtype=torch.promote_types(gates.dtype, torch.float32)) * self.head_dim**-0.5
+        gates = torch.softmax(gates, 2, dtype=wide_type(gates)) * self.head_dim**-0.5
         gates = gates.mT
         decays = torch.tensor(self.taus, device=x.device, dtype=gates.dtype)
         num_tokens = None

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hsmn_dist.models.hope.chunked_reads import ReadPlan, chunked_reads
 from hsmn_dist.models.layers.rotary import RotaryTable, rotate
+from hsmn_dist.models.precision import wide_type
 
 
 @dataclass
@@ -161,7 +162,6 @@ def _plan(
     inputs: ReadInputs, num_chunks: int, size: int, near: list[int], far: list[int], returns_memory: bool
 ) -> ReadPlan:
     """Everything that does not depend on queries, keys, values and gains."""
-    keeps_all = inputs.decays is None
     decays, scales = (_ones(inputs.query) if t is None else t for t in (inputs.decays, inputs.scales))
     layout = _layout(inputs, decays.dtype, num_chunks, size)
     powers = decays[:, None] ** torch.arange(size + 1, device=decays.device, dtype=decays.dtype)  # [M, C + 1]
@@ -179,21 +179,21 @@ def _plan(
     num_writes = num_chunks if returns_memory else num_chunks - 1
     slow = powers[far]
     write, fading = _state_weights(slow, scales[far], layout, num_writes)
-    read = None if keeps_all else slow[:, 1 - after : size + 1 - after].expand(num_chunks, 1, 1, -1, -1)
+    read = slow[:, 1 - after : size + 1 - after].expand(num_chunks, 1, 1, -1, -1)
     if layout.is_continued is not None:
-        continued = layout.is_continued[:, :, None, None]
-        read = continued if read is None else read * continued
+        read = read * layout.is_continued[:, :, None, None]
     is_same, near_is_same = _same_segment(layout.segments, window, table.dtype)
     fading = fading.repeat_interleave(inputs.key.shape[-1], -1)[:, :, None, :, None]
-    # The ragged end's keys are zeros as it is.
-    writes_all = keeps_all and inputs.segments is None and inputs.valid is None
-    writes = None if writes_all else write[:, :, None]
-    return ReadPlan(table, is_same, near_table, near_is_same, writes, fading, read, returns_memory)
+    # Weights that are all 1; the ragged end's keys are zeros as it is.
+    reads_all = inputs.decays is None and inputs.segments is None
+    writes = None if reads_all and inputs.valid is None else write[:, :, None]
+    reads = None if reads_all else read
+    return ReadPlan(table, is_same, near_table, near_is_same, writes, fading, reads, returns_memory)
 
 
 def _ones(like: Tensor) -> Tensor:
     """One number, 1, in fp32 or wider."""
-    return torch.ones(1, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    return torch.ones(1, dtype=wide_type(like), device=like.device)
 
 
 def _state_weights(powers: Tensor, scales: Tensor, layout: _Layout, num_writes: int) -> tuple[Tensor, Tensor]:

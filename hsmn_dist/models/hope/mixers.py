@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from hsmn_dist.models.hope.decayed_reads import ReadInputs, decayed_reads
 from hsmn_dist.models.hope.fast_state import FastState
 from hsmn_dist.models.layers.rotary import RotaryTable, rotate
+from hsmn_dist.models.precision import wide_type
 from hsmn_dist.models.tracing import is_traced
 
 
@@ -137,7 +138,7 @@ def positive_features(x: Tensor) -> Tensor:
 
     Sums of products then never vanish, so that a token whose features all rounded to 0 does not divide 0 by 0.
     """
-    if is_traced() or not x.requires_grad or not torch.is_grad_enabled():
+    if is_traced():
         return _features(x)
     return _PositiveFeatures.apply(x)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -202,7 +203,7 @@ class LinearMixer(nn.Module):
         total, normaliser = self._normalised(query, key, state, info)
         query, key, value = (split_heads(t, self.num_heads) for t in (query, key, value))
         # Each query by its total, which is as much as dividing what it reads, and needs no weights among tokens.
-        gains = 1.0 / total.to(torch.promote_types(total.dtype, torch.float32))
+        gains = 1.0 / total.to(wide_type(total))
         query = (query * gains).to(query.dtype)
         inputs = ReadInputs(query, key, value, segments=info.segments, valid=info.valid, rotary=info.rotary)
         read, memory = decayed_reads(
@@ -216,8 +217,7 @@ class LinearMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, D] twice to phi(q_t) . sum of phi(k_s), s <= t [B, H, T, 1]; and the last sum when it is wanted."""
         if state is None and info.segments is None and not info.returns_state:
-            wide = torch.promote_types(query.dtype, torch.float32)
-            product = query.to(wide) * running_sum(key.to(wide), self.chunk_size)
+            product = query.to(wide_type(query)) * running_sum(key.to(wide_type(key)), self.chunk_size)
             return product.unflatten(-1, (self.num_heads, -1)).sum(-1).transpose(1, 2)[..., None], None
         query, key = split_heads(query, self.num_heads), split_heads(key, self.num_heads)
         ones = torch.ones_like(key[..., :1])

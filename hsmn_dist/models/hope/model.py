@@ -152,12 +152,9 @@ class HopeModel(LanguageModel):
             losses = target_loss(self.head(self.norm(scored)), inputs.target_ids.flatten(), batch_rows, positions)
             return losses.unflatten(0, (num_rows, num_positions)).masked_fill(~inputs.loss_mask, 0.0)
         batch_rows, positions = inputs.loss_mask.nonzero(as_tuple=True)
-        if (
-            len(batch_rows) == hidden.shape[0] * hidden.shape[1]
-        ):  # every token, in order: without a context, and nothing padded or masked
-            scored = hidden.flatten(0, 1)
-        else:
-            scored = hidden[batch_rows, lengths[batch_rows] + positions]  # [M, D]
+        # Without a context and with nothing padded or masked these are all tokens in order, which need no copy.
+        takes_all = len(batch_rows) == hidden.shape[0] * hidden.shape[1]
+        scored = hidden.flatten(0, 1) if takes_all else hidden[batch_rows, lengths[batch_rows] + positions]  # [M, D]
         labels = inputs.target_ids[batch_rows, positions]
         with example_rows(batch_rows):
             logits = self.head(self.norm(scored))

@@ -39,6 +39,7 @@ from hsmn_dist.models.hope.neural_memory import (
     write_chunk,
 )
 from hsmn_dist.models.layers.norms import RMSNorm
+from hsmn_dist.models.precision import wide_type
 
 CONVOLUTION_WIDTH = 4
 SMALLEST_RETENTION = 1e-4
@@ -105,7 +106,7 @@ class SelfModifyingTitans(nn.Module):
         """The learned start of each sequence, fp32 or wider."""
 
         def copies(parameter: Tensor) -> Tensor:
-            return per_example(parameter, batch).to(torch.promote_types(parameter.dtype, torch.float32))
+            return per_example(parameter, batch).to(wide_type(parameter))
 
         if not self.shape.hidden:
             return MemoryWeights(copies(self.initial_inner), None, None)
@@ -119,7 +120,7 @@ class SelfModifyingTitans(nn.Module):
         lifted, query = (split_heads(t, self.num_heads) for t in self.project(mixed).chunk(2, -1))
         # Rates, decays and triangular solves need fp32 even where the rest runs in half precision.
         with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(lifted.dtype, torch.float32)
+            wide = wide_type(lifted)
             reads, after, health = self._stream(lifted.to(wide), query.to(wide), state, info, tail)
         y = self.output(merge_heads(self.read_norm(reads.to(x.dtype))))
         return y, after if info.returns_state else None, health
